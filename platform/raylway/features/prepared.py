@@ -1,0 +1,158 @@
+"""Prepared data on disk, `<storage>/prepared/<fingerprint>/`: what `data` writes and what training and evaluation read.
+
+    manifest.json            written last; without it the folder does not exist
+    <split>-<number>.arrow   Arrow IPC files, memory-mapped
+    quarantine/rows.jsonl    one invalid row a line: file, line, column, reason, cell
+    profile.json             columns as they were found and what was decided about them
+
+A shard's columns: `numeric` fixed-size list of float32, `categorical` fixed-size list of int32 (0 = unknown), `target`
+(int32 class code, or float64 raw value), `row_id` uint64 (file index * 2**40 + line where the record starts; for Parquet
+and python sources the row's number from 1).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from raylway import storage
+from raylway.errors import RunFailed
+from raylway.features.signature import Signature
+from raylway.features.transform import Transform
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LINE_BITS = 40
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    split: SplitName
+    file: str
+    rows: int
+    bytes: int
+    checksum: str
+    """XXH3-128 of the file."""
+
+
+class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where every row went: read = kept + missing + duplicates + quarantined; kept = train + validation + test."""
+
+    read: int
+    kept: int
+    missing: int
+    duplicates: int
+    quarantined: int
+    train: int
+    validation: int
+    test: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    fingerprint: str
+    account: Account
+    classes: dict[SplitName, list[int]]
+    """Rows of each class by split, in the order of the classes; empty lists for regression."""
+    signature: Signature
+    transform: Transform
+    files: list[str]
+    """Source files; the position is the file index of the row ids."""
+    shards: list[Shard]
+    decisions: list[str]
+    """What was decided about the data, one sentence each (types, columns left out)."""
+
+
+class Rows:
+    """The rows of one split, memory-mapped; nothing is copied until rows are taken.
+
+    Args:
+        folder: The prepared folder.
+        shards: Shards of one split, in order.
+        verify: Read every byte once and compare checksums.
+
+    Raises:
+        RunFailed: A shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard], verify: bool = False) -> None:
+        for shard in shards:
+            _check(folder / shard.file, shard, verify)
+        tables = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all() for shard in shards]
+        self._numeric = [_matrix(table["numeric"], np.float32) for table in tables]
+        self._categorical = [_matrix(table["categorical"], np.int32) for table in tables]
+        self._target = [table["target"].combine_chunks().to_numpy() for table in tables]
+        self._row_id = [table["row_id"].combine_chunks().to_numpy() for table in tables]
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Copy rows by position (int64 [n], in any order).
+
+        Returns:
+            numeric float32 [n, D], categorical int32 [n, C], target [n], row_id uint64 [n].
+        """
+        return (
+            self._gather(self._numeric, positions),
+            self._gather(self._categorical, positions),
+            self._gather(self._target, positions),
+            self._gather(self._row_id, positions),
+        )
+
+    def _gather(self, parts: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
+        if len(parts) == 1:
+            return parts[0][positions]
+        result = np.empty((len(positions), *parts[0].shape[1:]), parts[0].dtype)
+        owner = np.searchsorted(self._starts, positions, side="right") - 1
+        for index in np.unique(owner):
+            mine = owner == index
+            result[mine] = parts[index][positions[mine] - self._starts[index]]
+        return result
+
+
+class Prepared:
+    """An open prepared folder.
+
+    Raises:
+        UserError: The manifest is damaged or of another format version.
+        FileNotFoundError: The folder is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = storage.read_record(folder / MANIFEST, Manifest)
+
+    def shards(self, split: SplitName) -> list[Shard]:
+        return [shard for shard in self.manifest.shards if shard.split == split]
+
+    def rows(self, split: SplitName, verify: bool = False) -> Rows:
+        return Rows(self.folder, self.shards(split), verify)
+
+
+def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        {
+            "numeric": pa.list_(pa.float32(), num_numeric),
+            "categorical": pa.list_(pa.int32(), num_categorical),
+            "target": target,
+            "row_id": pa.uint64(),
+        }
+    )
+
+
+def _matrix(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
+    array = column.combine_chunks()
+    return array.flatten().to_numpy().astype(dtype, copy=False).reshape(len(array), array.type.list_size)
+
+
+def _check(path: Path, shard: Shard, verify: bool) -> None:
+    size = path.stat().st_size if path.exists() else -1
+    if size != shard.bytes or (verify and storage.checksum(path) != shard.checksum):
+        raise RunFailed(f"{path}: the shard is missing or damaged; remove {path.parent} and run the job again")

@@ -1,0 +1,30 @@
+"""What a model takes and gives, in words that leave the process: the bundle and `GET /signature` show it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Task = Literal["classification", "regression"]
+
+
+class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One column that a row must or may have.
+
+    `number` takes JSON numbers; `category` takes text, whole numbers and booleans, compared in their canonical text
+    (`features.schema.canonical_text`).
+    """
+
+    name: str
+    type: Literal["number", "category"]
+    required: bool
+
+
+class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    task: Task
+    target: str
+    inputs: list[Input]
+    """Raw columns, in the order of the source; what derived features are computed from is among them."""
+    classes: list[str]
+    """Class names in the order of the model's outputs; empty for regression."""

@@ -1,0 +1,229 @@
+"""The job file as types: every key, its meaning, its default and its bounds.
+
+Strict at every level: an unknown key or a value of another type is an error (`load` turns it into a message with a
+line). A key that is left out, or says `auto`, is derived from the data and the machine by `train.plan` and
+`data.prepare`; `raylway check` prints what came out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from raylway.job.units import Duration, Interval, Progress, Share
+
+Count = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class Features(Section):
+    """Which columns feed the model; a column in no list is used as its inferred type says."""
+
+    numeric: list[str] = []
+    """Columns to read as numbers; a cell that is no number is invalid."""
+    categorical: list[str] = []
+    """Columns to read as categories, whatever their type."""
+    drop: list[str] = []
+    """Columns to leave out of the features."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Features:
+        names = [*self.numeric, *self.categorical, *self.drop]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected each column in one list only; found twice: {', '.join(twice)}")
+        return self
+
+
+class Clean(Section):
+    """What happens to rows that can't be used as they are."""
+
+    missing: Literal["drop", "impute"] = "drop"
+    """`drop`: leave out rows with an empty cell in any column. `impute`: fill features from the training rows (the mean
+    of a number, the most frequent category); a row without its target is always left out."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows equal in every column; the first stays."""
+    invalid: Literal["quarantine", "error"] = "quarantine"
+    """Rows that can't be read (too many or too few cells, a word in a column of numbers)."""
+    max_invalid: Share = 0.01
+    """More invalid rows than this share stop the job; it also decides when a column of numbers becomes text."""
+    infinite: Literal["error", "missing"] = "error"
+    """An infinite number stops the job, or counts as an empty cell."""
+
+
+class Split(Section):
+    """How kept rows are divided; equal rows always fall on one side."""
+
+    by: Literal["auto", "stratified", "random"] = "auto"
+    """`stratified` keeps the share of each class (exact counts); `auto` is `stratified` for classification."""
+    validation: Share = 0.1
+    test: Share = 0.2
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> Split:
+        if self.validation + self.test >= 1:
+            raise ValueError("expected validation and test to leave rows for training: together below 100%")
+        return self
+
+
+class Data(Section):
+    source: str | list[str]
+    """A file, glob or folder; `pkg://package/path`; `python://module:function` (returns a table); or a list of these.
+    A relative path is looked for beside the job file, then in the current folder."""
+    target: str
+    """The column to predict; may be a derived one."""
+    derive: dict[str, str] = {}
+    """New columns by name, each an expression over columns, such as `arr_delay > 15`. What the target derives from is
+    not a feature."""
+    features: Features = Features()
+    clean: Clean = Clean()
+    split: Split = Split()
+
+
+class Model(Section):
+    kind: Annotated[str, Field(pattern=r"^(mlp|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = "mlp"
+    """`mlp`, or `module:function` of your own: called with the signature and `args`, returns a `torch.nn.Module`."""
+    hidden: list[Count] = [128, 64]
+    """Widths of the hidden layers of `mlp`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    args: dict[str, Any] = {}
+    """Keyword arguments for your own function."""
+
+    @field_validator("dropout", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
+
+    @model_validator(mode="after")
+    def _arguments_fit_kind(self) -> Model:
+        if self.kind == "mlp" and self.args:
+            raise ValueError("expected no args: they are for a model of your own; mlp takes hidden and dropout")
+        given = self.model_fields_set & {"hidden", "dropout"}
+        if self.kind != "mlp" and given:
+            raise ValueError(f"expected {' and '.join(sorted(given))} under args: {self.kind} is a model of your own")
+        return self
+
+
+class Optimizer(Section):
+    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For `sgd` only."""
+
+    @field_validator("lr", "weight_decay", "momentum", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
+
+    @model_validator(mode="after")
+    def _momentum_is_for_sgd(self) -> Optimizer:
+        if self.momentum and self.kind != "sgd":
+            raise ValueError(f"expected momentum with sgd only; {self.kind} has its own")
+        return self
+
+
+class Schedule(Section):
+    kind: Literal["constant", "step", "cosine"] = "constant"
+    warmup: Progress = Duration(0, "steps")
+    """Linear rise from zero to the full learning rate."""
+    every: Progress | None = None
+    """`step` only: after each such length the rate is multiplied by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _step_arguments(self) -> Schedule:
+        given = self.every is not None or self.gamma is not None
+        if self.kind == "step" and (self.every is None or self.gamma is None):
+            raise ValueError("expected every and gamma, such as {kind: step, every: 30 epochs, gamma: 0.1}")
+        if self.kind != "step" and given:
+            raise ValueError(f"expected every and gamma with kind step only; kind is {self.kind}")
+        return self
+
+
+class Resources(Section):
+    """What one training worker gets."""
+
+    cpus: Count = 1
+    gpus: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """`auto`: one where the cluster has GPUs, else none."""
+
+
+class Checkpoint(Section):
+    every: Interval = Duration(5, "min")
+    keep: Count = 3
+    """How many of the newest stay; the best one always stays."""
+
+
+class Validate(Section):
+    every: Progress = Duration(1, "epochs")
+    best: Literal["val_loss", "val_accuracy", "val_rmse"] = "val_loss"
+    """The metric that picks the weights of the bundle."""
+    patience: Count | None = None
+    """Stop after this many validations without a better one; left out: train to the end."""
+
+
+class Train(Section):
+    duration: Progress | Auto = Field(default="auto", alias="for")
+    """`20 epochs` or `3000 steps`; `auto`: 20 epochs, or more for small data."""
+    global_batch: Count | Auto = "auto"
+    """Rows in one optimizer step, whatever the number of workers."""
+    microbatch: Count | Auto = "auto"
+    """Rows of one worker in one forward and backward pass; accumulation follows from it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global norm of the gradient; `null` turns clipping off."""
+    workers: Count | Auto = "auto"
+    """`auto`: one for each GPU of the cluster, or one."""
+    resources: Resources = Resources()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validate = Field(default=Validate(), alias="validate")
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
+
+
+class Replicas(Section):
+    min: Count = 1
+    max: Count = 4
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"expected min to be at most max ({self.max}); found {self.min}")
+        return self
+
+
+class Serve(Section):
+    replicas: Replicas = Replicas()
+    max_batch: Count = 64
+    """Most rows in one forward pass."""
+
+
+class Job(Section):
+    """One job file."""
+
+    format: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    storage: str = "runs"
+    """The folder for prepared data and runs."""
+    task: Literal["classification", "regression"] | Auto = "auto"
+    data: Data
+    model: Model = Model()
+    train: Train = Train()
+    serve: Serve = Serve()
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number where a real one is meant (`clip: 1`) is no mistake; strict pydantic would refuse it."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

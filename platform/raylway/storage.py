@@ -1,0 +1,133 @@
+"""Files that are whole or absent: atomic writes, typed records, checksums. Local folders.
+
+Everything that Raylway keeps goes through here, so that a process killed between any two instructions never leaves a
+half-written file under its final name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import xxhash
+
+from raylway.errors import UserError
+
+Record = TypeVar("Record")
+_CHUNK_BYTES = 1 << 22
+_STAGING_PREFIX = ".staging-"
+
+
+def prepare_root(storage: str) -> Path:
+    """Create the storage folder and prove that it can be written; return it absolute.
+
+    Raises:
+        UserError: The folder is a bucket address, is a file, or can't be written.
+    """
+    if "://" in storage:
+        raise UserError(
+            "storage must be a folder",
+            where="storage",
+            found=storage,
+            fix="name a folder that every node of the cluster sees, such as /shared/runs",
+        )
+    root = Path(storage).absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f"{_STAGING_PREFIX}{secrets.token_hex(6)}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "the storage folder can't be written",
+            where="storage",
+            expected="a folder that this user may create and write",
+            found=f"{root}: {error.strerror}",
+            fix="name another folder in the job file, or with --set storage=FOLDER",
+        ) from None
+    return root
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that its name only ever shows the whole content, also after a power cut."""
+    staged = path.with_name(f"{_STAGING_PREFIX}{secrets.token_hex(6)}-{path.name}")
+    try:
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_record(path: Path, record: object) -> None:
+    """Write a msgspec record (or plain JSON value) as indented JSON, atomically."""
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read what `write_record` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: The file is not a record of this kind.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the file is damaged or of another version",
+            where=str(path),
+            expected=f"a {kind.__name__} record",
+            found=str(error),
+            fix="remove the folder that holds it and run the job again",
+        ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """The XXH3-128 checksum of a file's content, in hex. Finds damage, not malice."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Yield a fresh folder beside `final` and rename it to `final` at the end; on an error remove it.
+
+    When two processes make the same folder, the first to finish wins and the other's copy is removed.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staged = final.with_name(f"{_STAGING_PREFIX}{final.name}-{secrets.token_hex(6)}")
+    staged.mkdir()
+    try:
+        yield staged
+        sync_folder(staged)
+        try:
+            staged.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    sync_folder(final.parent)
