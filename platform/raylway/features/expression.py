@@ -1,8 +1,9 @@
 """The small, safe expression language of `data.derive`, evaluated on Arrow columns.
 
-Grammar: column names, numbers, quoted text, `true` and `false`; `+ - * /`; `== != < <= > >=`; `and or not`; parentheses.
-A name that is no identifier is written `col("my column")`. Arithmetic is done in float64; a missing operand makes
-the result missing; a division by zero is missing. Python's own parser reads the text, and only the node types below are let through.
+Grammar: column names, numbers, quoted text, `true` and `false`; `+ - * /`; `== != < <= > >=`; `and or not`;
+parentheses. A name that is no identifier is written `col("my column")`. Arithmetic is done in float64; a missing operand
+makes the result missing, and so does a division by zero. Python's own parser reads the text, and only the node types
+below are let through.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ class Expression:
                 return pa.scalar(_CONSTANTS[name]) if name in _CONSTANTS else table[name]
             case ast.Call(args=[ast.Constant(value=name)]):
                 return table[name]
-            case ast.Constant(value=value):
-                return pa.scalar(float(value) if type(value) in (int, float) else value)
+            case ast.Constant(value=bool() | str() as constant):
+                return pa.scalar(constant)
+            case ast.Constant(value=int() | float() as number):
+                return pa.scalar(float(number))
             case ast.BinOp(left=left, op=op, right=right):
                 operands = self._number(left, table), self._number(right, table)
                 if isinstance(op, ast.Div):
@@ -104,12 +107,12 @@ class Expression:
             case ast.BoolOp(op=op, values=values):
                 combine = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
                 result = self._value(values[0], table)
-                for value in values[1:]:
-                    result = combine(result, self._value(value, table))
+                for part in values[1:]:
+                    result = combine(result, self._value(part, table))
                 return result
             case ast.Compare(left=left, ops=ops, comparators=rights):
-                operands = [self._value(part, table) for part in (left, *rights)]
-                pairs = zip(operands, ops, operands[1:], strict=False)
+                sides = [self._value(part, table) for part in (left, *rights)]
+                pairs = zip(sides, ops, sides[1:], strict=False)
                 results = [_COMPARISON[type(op)](a, b) for a, op, b in pairs]
                 result = results[0]
                 for other in results[1:]:

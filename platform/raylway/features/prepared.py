@@ -6,8 +6,8 @@
     profile.json             columns as they were found and what was decided about them
 
 A shard's columns: `numeric` fixed-size list of float32, `categorical` fixed-size list of int32 (0 = unknown), `target`
-(int32 class code, or float64 raw value), `row_id` uint64 (file index * 2**40 + line where the record starts; for Parquet
-and python sources the row's number from 1).
+(int32 class code, or float64 raw value), `row_id` uint64 (file index * 2**40 + line where the record starts; for
+Parquet and python sources the row's number from 1).
 """
 
 from __future__ import annotations

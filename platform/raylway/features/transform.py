@@ -22,8 +22,8 @@ VERSION = 1
 """Raise it when `encode` gives other numbers for the same rows: prepared data is then made anew."""
 
 _LARGEST_SCALED = 1e6
-"""A training row can't be further from the mean than sqrt(rows) spreads, so the bound only tames wild served rows: their
-products stay finite in float32."""
+"""A training row can't be further from the mean than sqrt(rows) spreads, so the bound only tames wild served rows:
+their products stay finite in float32."""
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Transform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def feature_names(self) -> list[str]:
         """Numeric, then categorical: the order of the model's inputs."""
-        return [feature.name for feature in (*self.numeric, *self.categorical)]
+        return [feature.name for feature in self.numeric] + [feature.name for feature in self.categorical]
 
     def encode(self, table: pa.Table) -> Encoded:
         """Encode the rows of a typed table that holds the raw inputs (further columns are ignored).

@@ -1,0 +1,192 @@
+"""The words that people type; the one place that prints errors and sets exit codes.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted. Results go to standard output, all else to standard
+error. Ray and torch are imported by the commands that use them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raylway import __version__
+from raylway.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="raylway",
+    help="One job file takes raw data to a served model, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/flights.yaml.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, a run id or its beginning, a job's name, or 'latest'.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.optimizer.lr=0.01.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Progress and result as JSON, one object a line.")]
+Storage = Annotated[Path, typer.Option("--storage", metavar="FOLDER", help="Where runs are looked for.")]
+
+
+@app.command()
+def run(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+    """Prepare, train, evaluate, bundle and report: does what is not done yet, and resumes what was broken off."""
+    _stages(job, set_, json_, "report")
+
+
+@app.command()
+def check(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+    """Check a job file and show every inferred and derived value; starts nothing."""
+    from raylway.job.load import load_job
+    from raylway.launch.check import check as check_job
+
+    findings = check_job(load_job(job, set_ or ()))
+    print(json.dumps(findings.as_dict()) if json_ else findings.as_text())
+
+
+@app.command()
+def prepare(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+    """Read, clean, split and transform the data; done once for the same data and settings."""
+    _stages(job, set_, json_, "prepare")
+
+
+@app.command()
+def train(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+    """Prepare and train."""
+    _stages(job, set_, json_, "train")
+
+
+@app.command()
+def evaluate(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+    """Prepare, train and evaluate on the test rows."""
+    _stages(job, set_, json_, "evaluate")
+
+
+@app.command()
+def report(run: RunName, storage: Storage = Path("runs")) -> None:
+    """Write a run's report.html anew and print where it is."""
+    from raylway.features.prepared import Prepared
+    from raylway.report.report import write
+    from raylway.runs.run import PREPARED, find_run
+
+    found = find_run(storage, run)
+    folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
+    if not folder.exists():
+        raise UserError("the run's prepared data is gone", where=str(folder), fix="run the job again to make it anew")
+    print(write(found, Prepared(folder)))
+
+
+@app.command()
+def runs(storage: Storage = Path("runs"), json_: Json = False) -> None:
+    """List the runs, the oldest first."""
+    from raylway.runs.run import all_runs, summary
+
+    for found in all_runs(storage):
+        facts = summary(found)
+        print(json.dumps(facts) if json_ else "  ".join(f"{value}" for value in facts.values()))
+
+
+@app.command()
+def predict(
+    run: RunName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows to answer: CSV (.gz, .zip) or Parquet.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to a .csv, .parquet or .jsonl file.")
+    ] = None,
+    storage: Storage = Path("runs"),
+) -> None:
+    """Answer every row of a file with a run's model; prints CSV unless --output names a file."""
+    from raylway.predict import predict_file
+    from raylway.runs.run import find_run
+
+    answered, failed = predict_file(find_run(storage, run).bundle, file, output)
+    if failed:
+        print(f"{failed} of {answered + failed} rows got no answer; their column 'error' says why", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    run: RunName,
+    storage: Storage = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    json_: Json = False,
+) -> None:
+    """Serve a run's bundle over HTTP until Ctrl-C."""
+    from raylway.job.load import load_job
+    from raylway.launch import serving
+    from raylway.runs.run import find_run
+
+    found = find_run(storage, run)
+    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_))
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    address: Annotated[str | None, typer.Option(help="The cluster, such as http://127.0.0.1:8265.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Run a job file on a Ray cluster: uploads the current folder, follows the log, exits as the job did."""
+    from raylway.launch import jobs
+
+    raise typer.Exit(jobs.submit(job, address, set_ or []))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the job file."""
+    from raylway.job.schema import Job
+
+    print(json.dumps(Job.model_json_schema(by_alias=True), indent=2))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"raylway {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _reporter(json_: bool) -> Any:
+    from raylway.runs.progress import Reporter
+
+    return Reporter("json" if json_ else None)
+
+
+def _stages(job: Path, overrides: list[str] | None, json_: bool, last: str) -> None:
+    from raylway import pipeline
+    from raylway.job.load import load_job
+    from raylway.runs.run import summary
+
+    found = pipeline.run(load_job(job, overrides or ()), _reporter(json_), last)
+    if found is None:
+        return
+    if json_:
+        print(json.dumps(summary(found)))
+    elif last == "report":
+        print(f"report: {found.report}\nserve:  raylway serve {found.folder}")
+
+
+def main() -> None:
+    """Run the command line and exit; typer itself answers wrong options (2) and Ctrl-C (130)."""
+    try:
+        app()
+    except (UserError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

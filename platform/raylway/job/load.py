@@ -1,0 +1,238 @@
+"""From a job file to a checked `Job`: every mistake in one message, each with its file, line and key."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from raylway.errors import UserError
+from raylway.job.schema import Job
+
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job with the place that each of its keys came from."""
+
+    job: Job
+    path: Path
+    """The job file, as the user named it."""
+    lines: dict[str, str]
+    """`file:line` (or `--set`) by dotted key."""
+
+    @property
+    def folder(self) -> Path:
+        """The job file's folder, absolute."""
+        return self.path.absolute().parent
+
+    @property
+    def import_paths(self) -> list[str]:
+        """Where the user's own modules are looked for: beside the job file, then the current folder."""
+        return list(dict.fromkeys((str(self.folder), str(Path.cwd()))))
+
+    def location(self, key: str) -> str:
+        """`file:line (key)` of a dotted key, or of its nearest parent in the file, for messages."""
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            if (place := self.lines.get(".".join(parts[:length]))) is not None:
+                return f"{place} ({key})"
+        return f"{self.path} ({key})"
+
+    def to_yaml(self) -> bytes:
+        """The job with every default written out; reading it gives the same job."""
+        stream = io.BytesIO()
+        writer = YAML(typ="safe")
+        writer.default_flow_style = False
+        writer.sort_base_mapping_type_on_output = False
+        writer.dump(self.job.model_dump(mode="json", by_alias=True, exclude=_unset_arguments(self.job)), stream)
+        return stream.getvalue()
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
+    """Read and check a job file, and make the modules beside it importable.
+
+    Args:
+        path: The job file, YAML 1.2.
+        overrides: `dotted.key=value` texts of `--set`, applied in order; a value is read as YAML.
+
+    Raises:
+        UserError: The file is missing, is no YAML, or breaks the schema; all breaks are in one message.
+    """
+    tree = _read_yaml(path)
+    places = _places(tree, path)
+    values = _plain(tree)
+    for text in overrides:
+        _override(values, places, text)
+    try:
+        job = Job.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_messages(error, values, places, path))) from None
+    loaded = LoadedJob(job, path, places)
+    for folder in reversed(loaded.import_paths):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    return loaded
+
+
+def _read_yaml(path: Path) -> CommentedMap:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "name a job file, such as jobs/flights.yaml"
+        raise UserError("no such job file", where=str(path), fix=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the job file can't be read", where=str(path), expected="a YAML file in UTF-8", found=str(error)
+        ) from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = " ".join(str(part) for part in (error.problem or "can't be read",))
+        raise UserError(f"this is not YAML: {what.splitlines()[0]}", where=place) from None
+    except YAMLError as error:
+        raise UserError(f"this is not YAML: {str(error).splitlines()[0]}", where=str(path)) from None
+    if not isinstance(tree, CommentedMap):
+        raise UserError(
+            "a job file is a mapping of keys", where=f"{path}:1", expected="name: ..., data: ...", found=_shown(tree)
+        )
+    return tree
+
+
+def _places(tree: CommentedMap, path: Path) -> dict[str, str]:
+    places: dict[str, str] = {}
+
+    def visit(node: Any, prefix: Key) -> None:
+        if isinstance(node, CommentedMap):
+            for key, value in node.items():
+                line = node.lc.data[key][0] if node.lc.data and key in node.lc.data else node.lc.line
+                places[_dotted((*prefix, key))] = f"{path}:{line + 1}"
+                visit(value, (*prefix, key))
+        elif isinstance(node, CommentedSeq):
+            for index, value in enumerate(node):
+                places[_dotted((*prefix, index))] = f"{path}:{node.lc.item(index)[0] + 1}"
+                visit(value, (*prefix, index))
+
+    visit(tree, ())
+    return places
+
+
+def _plain(node: Any) -> Any:
+    """Plain Python values: strict checking refuses ruamel's subclasses of them."""
+    if isinstance(node, CommentedMap):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, CommentedSeq):
+        return [_plain(value) for value in node]
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(node, kind)), None)
+    return node if kind is None else kind(node)
+
+
+def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(
+            "--set takes key=value", where=f"--set {text}", expected="such as --set train.optimizer.lr=0.01"
+        )
+    node = values
+    for depth, part in enumerate(parts[:-1], start=1):
+        places.setdefault(".".join(parts[:depth]), f"--set {key.strip()}")
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    try:
+        node[parts[-1]] = _plain(YAML(typ="rt").load(value))
+    except YAMLError:
+        raise UserError("the value is not YAML", where=f"--set {text}", found=value) from None
+    places[".".join(parts)] = f"--set {key.strip()}"
+
+
+def _messages(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: Path) -> list[str]:
+    """One line for each key that is wrong; the branches of a union are one line."""
+    by_key: dict[Key, list[dict[str, Any]]] = {}
+    for problem in error.errors(include_url=False):
+        by_key.setdefault(_real_key(problem, values), []).append(dict(problem))
+    lines = []
+    for key, problems in by_key.items():
+        dotted = _dotted(key)
+        place = next((places[_dotted(key[:n])] for n in range(len(key), 0, -1) if _dotted(key[:n]) in places), path)
+        lines.append(f"{place}: {_sentence(dotted, key, problems)}")
+    return lines
+
+
+def _real_key(problem: dict[str, Any] | Any, values: Any) -> Key:
+    """The part of pydantic's location that names keys; it appends the names of union branches and validators."""
+    key: Key = ()
+    node = values
+    for part in problem["loc"]:
+        inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+        if not inside:
+            return (*key, part) if problem["type"] == "missing" else key
+        key, node = (*key, part), node[part]
+    return key
+
+
+def _sentence(dotted: str, key: Key, problems: list[dict[str, Any]]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(key[:-1])
+        near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {dotted!r}; {hint}"
+    if first["type"] == "missing":
+        return f"the key {dotted!r} is missing; it has no default"
+    branches = list(dict.fromkeys(_expectation(problem) for problem in problems))
+    expected = " or ".join([branches[0], *(branch.removeprefix("expected ") for branch in branches[1:])])
+    if isinstance(first["input"], dict) and first["type"] == "value_error":
+        return f"{dotted or 'job'}: {expected}"
+    return f"{dotted or 'job'}: {expected}; found {_shown(first['input'])}"
+
+
+def _expectation(problem: dict[str, Any]) -> str:
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    text = text.replace("Input should be", "expected").replace("a valid dictionary or instance of", "a section like")
+    text = text.replace("String should match pattern", "expected text that matches")
+    text = text.replace("Input should have", "expected").replace("a valid string", "text")
+    text = text.replace("a valid integer", "a whole number").replace("a valid number", "a number")
+    return text.replace("a valid list", "a list").replace("a valid boolean", "true or false")
+
+
+def _known_keys(prefix: Key) -> list[str]:
+    section: Any = Job
+    for part in prefix:
+        fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+        section = fields.get(str(part))
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _unset_arguments(job: Job) -> dict[str, set[str]]:
+    """Keys that the other kind of model refuses must not be written out with their defaults."""
+    return {"model": {"args"}} if job.model.kind == "mlp" else {"model": {"hidden", "dropout"}}
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _shown(value: Any) -> str:
+    kinds = {bool: "boolean", int: "whole number", float: "number", str: "text", dict: "section", list: "list"}
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return f"the {kinds.get(type(value), type(value).__name__)} {text if len(text) <= 80 else text[:77] + '...'}"

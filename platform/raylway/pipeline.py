@@ -1,0 +1,132 @@
+"""The stages of a job in their order, and the record that lets the same command go on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raylway import storage
+from raylway.data import prepare as data_prepare
+from raylway.errors import UserError
+from raylway.job.load import LoadedJob
+from raylway.runs.progress import Reporter
+from raylway.runs.run import PREPARED, STAGES, Run, run_id
+
+if TYPE_CHECKING:
+    from raylway.features.prepared import Prepared
+
+_FREE_TO_CHANGE = {"storage": True, "serve": True, "train": {"workers", "resources", "checkpoint"}}
+"""Keys that may differ between two starts of one run: they change where and how it runs, not its result's meaning."""
+
+
+def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | None:
+    """Do every unfinished stage of a job, up to and including `last`.
+
+    Args:
+        loaded: The job.
+        reporter: Where progress goes.
+        last: One of `runs.run.STAGES`.
+
+    Returns:
+        The run; None when `last` is `prepare`, which makes no run.
+
+    Raises:
+        UserError: Something that the user can fix.
+        RunFailed: The run can't end well although the job is well formed.
+    """
+    root = storage.prepare_root(loaded.job.storage)
+    wanted = STAGES[: STAGES.index(last) + 1]
+    fingerprint = data_prepare.fingerprint(loaded)
+    found = Run(root / loaded.job.name / _id(loaded, fingerprint))
+    if _is_finished(found, wanted, root / PREPARED / fingerprint):
+        reporter.note(f"{loaded.job.name}: run {found.folder.name} is finished; nothing to do. Results: {found.folder}")
+        return found
+    from raylway.launch import start
+
+    with start.connect(reporter, loaded.import_paths):
+        prepared = data_prepare.prepare(loaded, root, reporter)
+        if last == "prepare":
+            return None
+        found.create(
+            loaded.to_yaml(),
+            loaded.job.name,
+            prepared.manifest.fingerprint,
+            loaded.job.seed,
+            ["raylway", *sys.argv[1:]],
+        )
+        with _only_one(found):
+            for stage in wanted[1:]:
+                if not found.is_done(stage):
+                    _STAGES[stage](loaded, found, prepared, reporter)
+    return found
+
+
+def _train(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+    from raylway.train import trainer
+
+    with run.stage("train") as facts:
+        facts.update(trainer.train(loaded, run, prepared, reporter))
+
+
+def _evaluate(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+    from raylway.bundle import artefact
+    from raylway.evaluate import evaluate
+    from raylway.models.registry import spec
+    from raylway.train import checkpoint
+
+    with run.stage("evaluate") as facts:
+        weights = checkpoint.load_model(run.checkpoints / run.record.stages["train"].facts["best_checkpoint"])
+        artefact.stage(run.staged_bundle, weights, spec(loaded.job.model), prepared.manifest)
+        facts.update(evaluate.evaluate(run, prepared, run.staged_bundle, reporter))
+
+
+def _bundle(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+    from raylway.bundle import artefact
+
+    with run.stage("bundle"), reporter.stage("bundle") as shown:
+        artefact.publish(run.staged_bundle, run.bundle, run.evaluation)
+        shown.finish(str(run.bundle))
+
+
+def _report(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+    from raylway.report import report
+
+    with reporter.stage("report") as shown:
+        with run.stage("report"):
+            pass
+        shown.finish(str(report.write(run, prepared)))
+
+
+_STAGES = {"train": _train, "evaluate": _evaluate, "bundle": _bundle, "report": _report}
+
+
+def _id(loaded: LoadedJob, fingerprint: str) -> str:
+    from raylway.models.registry import source
+
+    meaning = loaded.job.model_dump_json(by_alias=True, exclude=_FREE_TO_CHANGE)
+    return run_id(meaning.encode(), fingerprint.encode(), source(loaded.job.model.kind))
+
+
+def _is_finished(run: Run, wanted: tuple[str, ...], prepared: Path) -> bool:
+    if wanted == ("prepare",) or not (prepared / "manifest.json").exists() or not run.exists:
+        return False
+    return all(run.is_done(stage) for stage in wanted[1:])
+
+
+@contextmanager
+def _only_one(run: Run) -> Iterator[None]:
+    """Hold the run; the lock goes with the process, however it dies."""
+    with (run.folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                "this run is being worked on by another process",
+                where=str(run.folder),
+                fix="wait until it ends, or stop it and give this command again",
+            ) from None
+        yield

@@ -1,0 +1,29 @@
+"""One embedded Ray for the whole session; everything else is made by the tests that need it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray with four logical CPUs, token authentication on as it comes."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="rw", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=400_000_000,
+            _temp_dir=folder,
+            logging_level="warning",
+        )
+        yield
+        ray.shutdown()
