@@ -46,7 +46,8 @@ def test_the_keys_are_these() -> None:
         format name seed storage task
         data data.source data.target data.derive
         data.features data.features.numeric data.features.categorical data.features.drop
-        data.clean data.clean.missing data.clean.duplicates data.clean.invalid data.clean.max_invalid data.clean.infinite
+        data.clean data.clean.missing data.clean.duplicates data.clean.invalid data.clean.max_invalid
+        data.clean.infinite
         data.split data.split.by data.split.validation data.split.test
         model model.kind model.hidden model.dropout model.args
         train train.for train.global_batch train.microbatch train.precision

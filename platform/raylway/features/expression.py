@@ -1,8 +1,8 @@
 """The small, safe expression language of `data.derive`, evaluated on Arrow columns.
 
 Grammar: column names, numbers, quoted text, `true` and `false`; `+ - * /`; `== != < <= > >=`; `and or not`;
-parentheses. A name that is no identifier is written `col("my column")`. Arithmetic is done in float64; a missing operand
-makes the result missing, and so does a division by zero. Python's own parser reads the text, and only the node types
+parentheses. A name that is no identifier is written `col("my column")`. Arithmetic is done in float64; a missing
+operand makes the result missing, and so does a division by zero. Python's own parser reads the text, and only the node types
 below are let through.
 """
 

@@ -52,9 +52,7 @@ class LoadedJob:
     def to_yaml(self) -> bytes:
         """The job with every default written out; reading it gives the same job."""
         stream = io.BytesIO()
-        writer = YAML(typ="safe")
-        writer.default_flow_style = False
-        writer.sort_base_mapping_type_on_output = False
+        writer = YAML(typ="rt")
         writer.dump(self.job.model_dump(mode="json", by_alias=True, exclude=_unset_arguments(self.job)), stream)
         return stream.getvalue()
 
