@@ -6,8 +6,11 @@ import fcntl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from raylway import storage
 from raylway.data import prepare as data_prepare
@@ -17,7 +20,10 @@ from raylway.runs.progress import Reporter
 from raylway.runs.run import PREPARED, STAGES, Run, run_id
 
 if TYPE_CHECKING:
+    import ray
+
     from raylway.features.prepared import Prepared
+    from raylway.launch.capacity import Capacity
 
 _FREE_TO_CHANGE = {"storage": True, "serve": True, "train": {"workers", "resources", "checkpoint"}}
 """Keys that may differ between two starts of one run: they change where and how it runs, not its result's meaning."""
@@ -47,58 +53,71 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
         return found
     from raylway.launch import start
 
-    with start.connect(reporter, loaded.import_paths):
+    with start.connect(reporter, loaded.import_paths) as capacity:
         prepared = data_prepare.prepare(loaded, root, reporter)
         if last == "prepare":
             return None
-        found.create(
-            loaded.to_yaml(),
-            loaded.job.name,
-            prepared.manifest.fingerprint,
-            loaded.job.seed,
-            ["raylway", *sys.argv[1:]],
-        )
+        command = ["raylway", *sys.argv[1:]]
+        found.create(loaded.to_yaml(), loaded.job.name, fingerprint, loaded.job.seed, command)
         with _only_one(found):
+            work = Work(loaded, found, prepared, capacity, reporter)
             for stage in wanted[1:]:
                 if not found.is_done(stage):
-                    _STAGES[stage](loaded, found, prepared, reporter)
+                    _STAGES[stage](work)
     return found
 
 
-def _train(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+@dataclass
+class Work:
+    """What every stage needs."""
+
+    loaded: LoadedJob
+    run: Run
+    prepared: Prepared
+    capacity: Capacity
+    reporter: Reporter
+    boosting: ray.ObjectRef | None = None
+    """The gradient-boosting baseline, fitted while the training workers start."""
+
+
+def _train(work: Work) -> None:
+    from raylway.evaluate import baselines
     from raylway.train import trainer
 
-    with run.stage("train") as facts:
-        facts.update(trainer.train(loaded, run, prepared, reporter))
+    with work.run.stage("train") as facts:
+        work.boosting = baselines.start(work.prepared, work.loaded.job.seed)
+        outcome = trainer.train(work.loaded, work.run, work.prepared, work.capacity, work.reporter)
+        facts.update(msgspec.to_builtins(outcome))
 
 
-def _evaluate(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+def _evaluate(work: Work) -> None:
     from raylway.bundle import artefact
     from raylway.evaluate import evaluate
     from raylway.models.registry import spec
     from raylway.train import checkpoint
 
+    run = work.run
     with run.stage("evaluate") as facts:
         weights = checkpoint.load_model(run.checkpoints / run.record.stages["train"].facts["best_checkpoint"])
-        artefact.stage(run.staged_bundle, weights, spec(loaded.job.model), prepared.manifest)
-        facts.update(evaluate.evaluate(run, prepared, run.staged_bundle, reporter))
+        artefact.stage(run.staged_bundle, weights, spec(work.loaded.job.model), work.prepared.manifest, run.record)
+        found = evaluate.evaluate(run, work.prepared, run.staged_bundle, work.reporter, work.boosting)
+        facts.update(found.metrics)
 
 
-def _bundle(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+def _bundle(work: Work) -> None:
     from raylway.bundle import artefact
 
-    with run.stage("bundle"), reporter.stage("bundle") as shown:
-        artefact.publish(run.staged_bundle, run.bundle, run.evaluation)
-        shown.finish(str(run.bundle))
+    with work.run.stage("bundle"), work.reporter.stage("bundle") as shown:
+        metrics = work.run.record.stages["evaluate"].facts
+        artefact.publish(work.run.staged_bundle, work.run.bundle, metrics)
+        shown.finish(str(work.run.bundle))
 
 
-def _report(loaded: LoadedJob, run: Run, prepared: Prepared, reporter: Reporter) -> None:
+def _report(work: Work) -> None:
     from raylway.report import report
 
-    with reporter.stage("report") as shown:
-        with run.stage("report"):
-            pass
-        shown.finish(str(report.write(run, prepared)))
+    with work.run.stage("report"), work.reporter.stage("report") as shown:
+        shown.finish(str(report.write(work.run, work.prepared)))
 
 
 _STAGES = {"train": _train, "evaluate": _evaluate, "bundle": _bundle, "report": _report}

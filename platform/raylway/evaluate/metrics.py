@@ -7,38 +7,9 @@ answers are gathered first, in the order of the row ids, and nothing here can se
 from __future__ import annotations
 
 import numpy as np
-from msgspec import Struct, field
 from sklearn import metrics as sk
 
-CLASSIFICATION = ("accuracy", "f1_weighted", "f1_macro", "roc_auc", "log_loss")
-REGRESSION = ("rmse", "mae", "r2")
-LOWER_IS_BETTER = frozenset({"log_loss", "rmse", "mae"})
-
-
-class ClassScores(Struct, forbid_unknown_fields=True):
-    """One class against all others."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    """0 when the class was neither there nor answered, as in scikit-learn with `zero_division=0`."""
-    roc_auc: float | None
-    """None when no row, or every row, is of this class."""
-    support: int
-    """Test rows of this class."""
-
-
-class Scores(Struct, forbid_unknown_fields=True):
-    """What came out of one set of answers to the test rows."""
-
-    rows: int
-    figures: dict[str, float | None]
-    """By the names in `CLASSIFICATION` or `REGRESSION`; None where `undefined` has the reason."""
-    undefined: dict[str, str] = field(default_factory=dict)
-    confusion: list[list[int]] = field(default_factory=list)
-    """Row: true class; column: answer; both in the order of the classes."""
-    per_class: list[ClassScores] = field(default_factory=list)
+from raylway.evaluate.record import CLASSIFICATION, REGRESSION, ClassScores, Scores
 
 
 def classification(target: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> Scores:
@@ -58,7 +29,7 @@ def classification(target: np.ndarray, probabilities: np.ndarray, classes: list[
     answer = probabilities.argmax(axis=1)
     areas = [_area(target == code, probabilities[:, code]) for code in codes]
     roc_auc, undefined = _whole_area(areas, target, classes)
-    figures = {
+    values = {
         "accuracy": float(sk.accuracy_score(target, answer)),
         "f1_weighted": float(sk.f1_score(target, answer, average="weighted", zero_division=0)),
         "f1_macro": float(sk.f1_score(target, answer, average="macro", zero_division=0)),
@@ -71,7 +42,7 @@ def classification(target: np.ndarray, probabilities: np.ndarray, classes: list[
         for name, area, precision, recall, f1, support in zip(classes, areas, *columns, strict=True)
     ]
     confusion = sk.confusion_matrix(target, answer, labels=codes).tolist()
-    return Scores(len(target), figures, undefined, confusion, per_class)
+    return Scores(len(target), values, undefined, confusion, per_class)
 
 
 def regression(target: np.ndarray, values: np.ndarray) -> Scores:
@@ -84,16 +55,16 @@ def regression(target: np.ndarray, values: np.ndarray) -> Scores:
     if not len(target):
         return _of_no_rows(REGRESSION)
     with np.errstate(over="ignore"):
-        found = {
+        computed = {
             "rmse": float(sk.root_mean_squared_error(target, values)),
             "mae": float(sk.mean_absolute_error(target, values)),
             "r2": float(sk.r2_score(target, values)) if np.ptp(target) > 0 else None,
         }
-    figures = {name: value if value is None or np.isfinite(value) else None for name, value in found.items()}
-    undefined = {name: "too large for a 64-bit number" for name, value in figures.items() if value is None}
-    if found["r2"] is None:
+    found = {name: value if value is None or np.isfinite(value) else None for name, value in computed.items()}
+    undefined = {name: "too large for a 64-bit number" for name, value in found.items() if value is None}
+    if computed["r2"] is None:
         undefined["r2"] = "the target has one value only in the test rows"
-    return Scores(len(target), figures, undefined)
+    return Scores(len(target), found, undefined)
 
 
 def _area(is_class: np.ndarray, score: np.ndarray) -> float | None:
@@ -107,7 +78,9 @@ def _whole_area(
 ) -> tuple[float | None, dict[str, str]]:
     known = [area for area in areas if area is not None]
     if len(known) < len(areas):
-        absent = [name for name, rows in zip(classes, np.bincount(target, minlength=len(classes)), strict=True) if not rows]
+        absent = [
+            name for name, rows in zip(classes, np.bincount(target, minlength=len(classes)), strict=True) if not rows
+        ]
         listed = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
         return None, {"roc_auc": f"no test row is of the class {listed}"}
     return (known[1] if len(known) == 2 else float(np.mean(known))), {}

@@ -145,19 +145,7 @@ class Transform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         A missing number becomes the training mean, a missing category the most frequent one, an unseen category 0.
         """
-        table = derived(table, self.derive)
-        numeric = np.zeros((table.num_rows, len(self.numeric)), np.float32)
-        for index, feature in enumerate(self.numeric):
-            if feature.spread:
-                with np.errstate(over="ignore"):
-                    scaled = (as_float64(table[feature.name]) - feature.mean) / feature.spread
-                numeric[:, index] = np.clip(np.nan_to_num(scaled, nan=0.0), -_LARGEST_SCALED, _LARGEST_SCALED)
-        categorical = np.zeros((table.num_rows, len(self.categorical)), np.int32)
-        for index, category in enumerate(self.categorical):
-            texts = pc.fill_null(canonical_text(table[category.name]), category.most_frequent)
-            codes = pc.index_in(texts, pa.array(category.categories, pa.string()))
-            categorical[:, index] = pc.fill_null(codes, -1).to_numpy(zero_copy_only=False) + 1
-        return Encoded(numeric, categorical)
+        return Encoder(self).encode(table)
 
     def encode_target(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """The target of N rows, none missing: class codes as int32, or the raw values as float64."""
@@ -165,6 +153,42 @@ class Transform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return as_float64(column)
         codes = pc.index_in(canonical_text(column), pa.array(self.target.classes, pa.string()))
         return codes.to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+class Encoder:
+    """`Transform.encode` with its constants laid out once, for many small calls."""
+
+    def __init__(self, transform: Transform) -> None:
+        self._transform = transform
+        self._mean = np.array([feature.mean for feature in transform.numeric])
+        self._spread = np.array([feature.spread or 1.0 for feature in transform.numeric])
+        self._constant = np.array([not feature.spread for feature in transform.numeric], bool)
+        self._categories = [pa.array(feature.categories, pa.string()) for feature in transform.categorical]
+
+    def encode(self, table: pa.Table) -> Encoded:
+        """As `Transform.encode`."""
+        table = derived(table, self._transform.derive)
+        numbers = np.empty((table.num_rows, len(self._mean)))
+        for index, feature in enumerate(self._transform.numeric):
+            numbers[:, index] = as_float64(table[feature.name])
+        texts = [canonical_text(table[feature.name]) for feature in self._transform.categorical]
+        return Encoded(self.scale(numbers), self.codes(texts, table.num_rows))
+
+    def scale(self, numbers: np.ndarray) -> np.ndarray:
+        """Raw values of the numeric features, float64 [N, D] with NaN for missing, as float32 [N, D]."""
+        with np.errstate(over="ignore"):
+            scaled = (numbers - self._mean) / self._spread
+        scaled[:, self._constant] = 0.0
+        return np.clip(np.nan_to_num(scaled, nan=0.0), -_LARGEST_SCALED, _LARGEST_SCALED).astype(np.float32)
+
+    def codes(self, texts: list[pa.Array], rows: int) -> np.ndarray:
+        """Canonical texts of the C categorical features, null for missing, as int32 [rows, C]."""
+        codes = np.zeros((rows, len(texts)), np.int32)
+        for index, feature in enumerate(self._transform.categorical):
+            filled = pc.fill_null(texts[index], feature.most_frequent)
+            found = pc.fill_null(pc.index_in(filled, self._categories[index]), -1)
+            codes[:, index] = found.to_numpy(zero_copy_only=False) + 1
+        return codes
 
 
 def derived(table: pa.Table, derive: dict[str, str]) -> pa.Table:

@@ -1,0 +1,84 @@
+"""Making a bundle: staged with the weights so that it can be evaluated, then published with its metrics.
+
+Both steps are atomic and may be repeated after a kill at any instant.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save
+
+from raylway import storage
+from raylway.bundle import code, contents, examples
+from raylway.bundle.contents import RECORD, Bundle, BundleRecord, Provenance, load
+from raylway.bundle.predictor import Predictor
+from raylway.features.prepared import Manifest
+from raylway.models.registry import ModelSpec
+from raylway.runs.run import RunRecord
+
+__all__ = ["Bundle", "load", "publish", "stage"]
+
+
+def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prepared: Manifest, run: RunRecord) -> None:
+    """Write a whole bundle that lacks only its metrics; whatever is in `folder` is replaced.
+
+    Args:
+        folder: `run.staged_bundle`.
+        weights: Parameters and buffers by name.
+        model: How the network is built again.
+        prepared: Signature and fitted transform.
+        run: Where the model comes from.
+
+    Raises:
+        UserError: The model's source can't be carried, or the weights do not fit the network that it builds.
+        NotFinite: The model's answer to an ordinary row is not a finite number.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with storage.staged_folder(folder) as made:
+        # Copies: safetensors refuses tensors that share memory, as tied weights do.
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+        }
+        storage.write_bytes(made / contents.WEIGHTS, save(own))
+        if ":" in model.kind:
+            code.copy(model.kind.partition(":")[0], made / contents.CODE)
+        record = BundleRecord(
+            format=contents.FORMAT,
+            name=run.job,
+            version="",
+            model=model,
+            signature=prepared.signature,
+            transform=prepared.transform,
+            files=[],
+            provenance=Provenance(run.id, run.created_at, run.fingerprint, run.seed, run.commit, run.versions),
+            metrics={},
+        )
+        examples.write(made, Predictor(Bundle(made, record)))
+        record = msgspec.structs.replace(record, files=contents.listed(made))
+        storage.write_record(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
+
+
+def publish(staged: Path, final: Path, metrics: dict[str, Any]) -> None:
+    """Give a staged bundle its metrics and its final name; one that was published before is replaced.
+
+    Args:
+        staged: `run.staged_bundle`; may be gone when the bundle was published before the process was killed.
+        final: `run.bundle`.
+        metrics: The evaluation on the test rows.
+
+    Raises:
+        UserError: Neither folder holds a whole bundle.
+    """
+    if not (staged / RECORD).exists():
+        load(final)
+        return
+    record = load(staged).record
+    storage.write_record(staged / RECORD, msgspec.structs.replace(record, metrics=metrics))
+    shutil.rmtree(final, ignore_errors=True)
+    staged.rename(final)
+    storage.sync_folder(final.parent)

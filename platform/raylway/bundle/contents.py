@@ -1,0 +1,164 @@
+"""A bundle on disk, `<run>/bundle/`: everything that answering rows needs, and nothing that has to be trusted.
+
+    model.safetensors   the weights
+    code/               the source of a model of the user's own, if it is one
+    examples.json       made-up rows and this model's answers; serving checks itself against them
+    bundle.json         written last; without it the folder is no bundle
+
+No pickle anywhere. Loading a bundle with a model of the user's own runs the Python files in its `code/`, as every
+program does with its own source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import xxhash
+
+from raylway import storage
+from raylway.errors import UserError
+from raylway.features.signature import Signature
+from raylway.features.transform import Transform
+from raylway.models.registry import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+RECORD = "bundle.json"
+WEIGHTS = "model.safetensors"
+EXAMPLES = "examples.json"
+CODE = "code"
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str
+    """Inside the bundle, with `/`."""
+    bytes: int
+    checksum: str
+    """XXH3-128."""
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a model comes from."""
+
+    run: str
+    """The run id."""
+    created_at: str
+    """UTC, ISO 8601: when the run began."""
+    fingerprint: str
+    """Of the prepared data."""
+    seed: int
+    commit: str | None
+    versions: dict[str, str]
+
+
+class BundleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`bundle.json`."""
+
+    format: int
+    name: str
+    """The job's name."""
+    version: str
+    """Twelve hex digits that follow from all that decides an answer: equal versions answer alike."""
+    model: ModelSpec
+    signature: Signature
+    transform: Transform
+    files: list[File]
+    provenance: Provenance
+    metrics: dict[str, Any]
+    """The evaluation on the test rows; empty while the bundle is staged."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A whole bundle, verified when it was read."""
+
+    folder: Path
+    record: BundleRecord
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers by name."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / WEIGHTS)
+
+    @property
+    def code(self) -> Path | None:
+        """The folder with the source of the user's own model, if it is one."""
+        folder = self.folder / CODE
+        return folder if folder.is_dir() else None
+
+
+def load(folder: Path) -> Bundle:
+    """Open a bundle and compare every file with its recorded size and checksum; reads the weights once for that.
+
+    Raises:
+        UserError: There is no whole bundle, a file is missing or damaged, or the format is another.
+    """
+    path = folder / RECORD
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=_Versioned)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            "there is no whole bundle here",
+            where=str(folder),
+            expected=f"a folder with {RECORD}, which is written last",
+            fix="name the bundle folder of a run that has finished; raylway run JOB finishes one",
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, "a JSON record with its format", str(error)) from None
+    if record.format != FORMAT:
+        raise UserError(
+            "the bundle has another format",
+            where=str(path),
+            expected=f"format {FORMAT}",
+            found=f"format {record.format}",
+            fix="serve it with the version of raylway that made it, or run the job again",
+        )
+    bundle = Bundle(folder, storage.read_record(path, BundleRecord))
+    for file in bundle.record.files:
+        _verify(folder / file.path, file)
+    if bundle.record.version != version(bundle.record):
+        raise _damaged(path, f"contents of version {bundle.record.version}", "other contents")
+    return bundle
+
+
+def version(record: BundleRecord) -> str:
+    """The content id of a bundle: of the weights, the code, and how rows become numbers and numbers answers."""
+    read = msgspec.json.decode(msgspec.json.encode(record), type=BundleRecord)  # a mean of 0 is 0.0 once it was written
+    deciding = [file for file in read.files if file.path != EXAMPLES]
+    content = msgspec.json.encode([read.format, read.model, read.signature, read.transform, deciding])
+    return xxhash.xxh3_128_hexdigest(content)[:12]
+
+
+def listed(folder: Path) -> list[File]:
+    """Every file of a bundle but its record, in the order of their paths."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return [File(path.relative_to(folder).as_posix(), path.stat().st_size, storage.checksum(path)) for path in paths]
+
+
+class _Versioned(msgspec.Struct):
+    format: int
+
+
+def _verify(path: Path, file: File) -> None:
+    if not path.is_file():
+        raise _damaged(path, f"a file of {file.bytes:,} bytes", "no file")
+    if (size := path.stat().st_size) != file.bytes:
+        raise _damaged(path, f"{file.bytes:,} bytes", f"{size:,} bytes")
+    if (found := storage.checksum(path)) != file.checksum:
+        raise _damaged(path, f"checksum {file.checksum}", f"checksum {found}")
+
+
+def _damaged(path: Path, expected: str, found: str) -> UserError:
+    return UserError(
+        "the bundle is damaged",
+        where=str(path),
+        expected=expected,
+        found=found,
+        fix="copy the bundle anew, or remove its folder and run the job again",
+    )

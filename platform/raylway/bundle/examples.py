@@ -1,0 +1,105 @@
+"""Made-up rows with a model's answers: serving checks itself against them, and the documents show them.
+
+The rows follow from the signature and the fitted transform alone (means, ranges, categories); no row of anybody's data
+is among them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from raylway import storage
+from raylway.bundle.contents import EXAMPLES
+from raylway.bundle.predictor import Predictor
+from raylway.bundle.rows import RowReader
+from raylway.errors import RunFailed
+from raylway.features.signature import Input, Signature
+from raylway.features.transform import Transform
+
+NUM_ROWS = 8
+_TOLERANCE = 1e-3
+"""For probabilities, and for values in spreads of the target. On the machine that made them answers are equal to the
+last bit; another processor may round otherwise, a wrong model or transform differs in the first digits."""
+
+
+class Examples(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rows: list[dict[str, Any]]
+    """As in a request's `rows`."""
+    outputs: list[Any]
+    """For each row the probabilities of the classes, or the value."""
+
+
+def rows(signature: Signature, transform: Transform) -> list[dict[str, Any]]:
+    """`NUM_ROWS` rows that the signature accepts; the first is the most ordinary one."""
+    rng = np.random.default_rng(0)
+    return [{each.name: _value(each, transform, place, rng) for each in signature.inputs} for place in range(NUM_ROWS)]
+
+
+def write(folder: Path, predictor: Predictor) -> None:
+    """Write `examples.json` with the model's answers.
+
+    Raises:
+        NotFinite: An answer is not a finite number.
+    """
+    made = rows(predictor.signature, predictor.bundle.record.transform)
+    storage.write_record(folder / EXAMPLES, Examples(made, _outputs(predictor, made).tolist()))
+
+
+def read(folder: Path) -> Examples:
+    """The examples of a bundle's folder.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return storage.read_record(folder / EXAMPLES, Examples)
+
+
+def check(predictor: Predictor) -> None:
+    """Compare the model's answers with those in its bundle, and the places of a chunk with each other.
+
+    Raises:
+        RunFailed: They differ: this machine or its torch does not compute what the bundle's maker computed.
+    """
+    examples = read(predictor.bundle.folder)
+    expected, found = np.array(examples.outputs), _outputs(predictor, examples.rows)
+    target = predictor.bundle.record.transform.target
+    scale = target.spread if target.task == "regression" else 1.0
+    if not np.allclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale):
+        raise RunFailed(
+            f"{predictor.bundle.folder}: the model's answers to the bundle's own examples differ from those "
+            f"recorded with it by up to {np.abs(found - expected).max():.3g}; compare the versions in bundle.json with "
+            "those here"
+        )
+    if not predictor.treats_rows_alike():
+        raise RunFailed(
+            f"{predictor.bundle.folder}: one row gets different answers at different places of a batch; a model must "
+            "answer each row by itself"
+        )
+
+
+def _outputs(predictor: Predictor, made: list[dict[str, Any]]) -> np.ndarray:
+    """Through the JSON of a request, as a client would send them."""
+    _, checked = RowReader(predictor.signature).read(msgspec.json.encode({"rows": made}))
+    outputs = predictor.outputs(checked)
+    predictor.answers(outputs)
+    return outputs
+
+
+def _value(each: Input, transform: Transform, place: int, rng: np.random.Generator) -> Any:
+    """The input's value in the row at `place`: 0 the usual one, 1 the lowest, 2 the highest, then any."""
+    if each.type == "number":
+        feature = next((feature for feature in transform.numeric if feature.name == each.name), None)
+        low, mean, high = (feature.minimum, feature.mean, feature.maximum) if feature else (0.0, 1.0, 2.0)
+        if not np.isfinite([low, mean, high]).all():  # a column without a single number in the training rows
+            low, mean, high = 0.0, 0.0, 0.0
+        drawn = float(low + (high - low) * rng.random())
+        return [float(f"{mean:.6g}"), low, high][place] if place < 3 else float(f"{drawn:.6g}")
+    known = next((feature for feature in transform.categorical if feature.name == each.name), None)
+    if known is None or not known.categories:
+        return "text"
+    drawn_name = known.categories[int(rng.integers(len(known.categories)))]
+    return [known.most_frequent, known.categories[0], known.categories[-1]][place] if place < 3 else drawn_name

@@ -1,0 +1,253 @@
+"""JSON request bodies checked against a signature: all rows become columns, or every mistake is named.
+
+Types made from the signature let msgspec decode and check a body in one pass; they alone decide what is accepted. Only
+a body that they refuse is read a second time, at leisure, to say what is wrong with each row.
+
+What is accepted, the same in both forms:
+- `number`: a JSON number, not text, not a boolean.
+- `category`: text, a number or a boolean, compared in its canonical text: `1`, `1.0` and `"1"` are one category. One
+  that training did not see is accepted and gets the code of the unknown.
+- `null` or a left-out feature: only where the signature says `required: false`; the training mean or the most frequent
+  category stands in, as it did in training.
+- a key that is no feature is refused: a misspelt optional feature would otherwise be filled in silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Annotated, Any, Literal, NoReturn
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from raylway.features.schema import canonical_text
+from raylway.features.signature import Input, Signature
+
+Form = Literal["rows", "data"]
+MOST_PROBLEMS = 20
+"""Named in one answer; a client with more mistakes than these has one mistake."""
+
+_INT64 = 1 << 63
+_Category = str | Annotated[int, msgspec.Meta(ge=-_INT64, le=_INT64 - 1)] | float | bool
+_LARGEST_NUMBER = int(sys.float_info.max)
+_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One mistake in a request."""
+
+    row: int | None
+    """Position in the request, from 0; None: the whole body."""
+    feature: str | None
+    reason: str
+
+
+class NotJson(Exception):
+    """The body is not JSON; the message says why."""
+
+
+class InvalidRows(Exception):
+    """The body is JSON but not rows that this model can answer."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N checked rows as columns."""
+
+    numbers: np.ndarray
+    """float64 [N, inputs of type number], in the order of the signature; NaN is missing."""
+    categories: list[list[Any]]
+    """For each input of type category N JSON scalars; None is missing."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from `start` up to `stop`."""
+        return Rows(self.numbers[start:stop], [column[start:stop] for column in self.categories])
+
+    def texts(self) -> list[pa.Array]:
+        """The canonical text of each category column."""
+        return [pa.array(list(map(_text, column)), pa.string()) for column in self.categories]
+
+    def table(self, signature: Signature) -> pa.Table:
+        """The rows as a typed table: float64 for numbers, text for categories; missing is null."""
+        numbers = iter(self.numbers.T)
+        texts = iter(self.texts())
+        columns = {
+            each.name: pa.array(next(numbers), pa.float64(), from_pandas=True) if each.type == "number" else next(texts)
+            for each in signature.inputs
+        }
+        return pa.table(columns) if columns else pa.table({})
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """The rows of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*(part.categories for part in parts), strict=True)
+    return Rows(
+        np.concatenate([part.numbers for part in parts]),
+        [[value for piece in pieces for value in piece] for pieces in columns],
+    )
+
+
+class RowReader:
+    """Reads request bodies for one signature; safe to share between threads."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._inputs = {each.name: each for each in signature.inputs}
+        self._decoder = msgspec.json.Decoder(_body_type(signature.inputs))
+        kinds = [each.type for each in signature.inputs]
+        self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
+        self._categories = [index for index, kind in enumerate(kinds) if kind == "category"]
+
+    def read(self, body: bytes) -> tuple[Form, Rows]:
+        """Check a body of either form, `{"rows": [{"feature": value}]}` or `{"data": [[value]]}`.
+
+        The lists of `data` hold the features in the order of the signature.
+
+        Raises:
+            NotJson: It is not JSON (which also knows no NaN and no Infinity), or nested too deeply.
+            InvalidRows: A row can't be answered; names each mistake, up to `MOST_PROBLEMS`.
+        """
+        try:
+            decoded = self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            self._explain(body, str(error))
+        except (ValueError, RecursionError) as error:  # msgspec's DecodeError and UnicodeDecodeError are ValueErrors
+            raise NotJson(_reason(error)) from None
+        if (decoded.rows is msgspec.UNSET) == (decoded.data is msgspec.UNSET):
+            self._explain(body, "")
+        if decoded.data is msgspec.UNSET:
+            return "rows", self._columns(decoded.rows)
+        return "data", self._columns(decoded.data)
+
+    def _columns(self, decoded: list[Any]) -> Rows:
+        tuples = list(map(msgspec.structs.astuple, decoded))
+        numbers = tuples if not self._categories else [[row[index] for index in self._numbers] for row in tuples]
+        matrix = np.array(numbers, np.float64).reshape(len(tuples), len(self._numbers))
+        return Rows(matrix, [list(map(itemgetter(index), tuples)) for index in self._categories])
+
+    def _explain(self, body: bytes, found: str) -> NoReturn:
+        """Raise what is wrong with a body that its types refused.
+
+        The standard library reads it, since it turns `1e999` into an infinity that can be named with its row and
+        feature, where msgspec stops.
+        """
+        try:
+            content = json.loads(body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as problem:
+            raise NotJson(_reason(problem)) from None
+        problems = []
+        for problem in self._problems(content):
+            problems.append(problem)
+            if len(problems) == MOST_PROBLEMS:
+                break
+        raise InvalidRows(problems or [Problem(None, None, found)])
+
+    def _problems(self, content: Any) -> Iterable[Problem]:
+        if type(content) is not dict or len(content) != 1 or not content.keys() <= {"rows", "data"}:
+            keys = ", ".join(map(repr, content)) if type(content) is dict else _named(content)
+            found = keys or "an empty object"
+            yield Problem(None, None, f'expected an object with one key, "rows" or "data"; found {found}')
+            return
+        ((form, rows),) = content.items()
+        if type(rows) is not list:
+            yield Problem(None, None, f'expected a list under "{form}"; found {_named(rows)}')
+            return
+        check = self._problems_of_object if form == "rows" else self._problems_of_list
+        for index, row in enumerate(rows):
+            yield from check(index, row)
+
+    def _problems_of_object(self, index: int, row: Any) -> Iterable[Problem]:
+        if type(row) is not dict:
+            yield Problem(index, None, f"expected an object with a value for each feature; found {_named(row)}")
+            return
+        for name in (name for name in row if name not in self._inputs):
+            near = difflib.get_close_matches(name, self._inputs, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ", leave it out"
+            yield Problem(index, name, f"is no feature of this model{hint}")
+        for name, each in self._inputs.items():
+            if name in row:
+                yield from _problems_of_value(index, each, row[name])
+            elif each.required:
+                yield Problem(index, name, f"is missing; expected {_expected(each)}")
+
+    def _problems_of_list(self, index: int, row: Any) -> Iterable[Problem]:
+        if type(row) is not list or len(row) != len(self._inputs):
+            found = f"a list of {len(row)}" if type(row) is list else _named(row)
+            yield Problem(
+                index, None, f"expected a list of {len(self._inputs)} values in the order of /signature; found {found}"
+            )
+            return
+        for each, value in zip(self._inputs.values(), row, strict=True):
+            yield from _problems_of_value(index, each, value)
+
+
+def _body_type(inputs: list[Input]) -> type:
+    """The type of a request body: msgspec checks it in one pass, features in the signature's order fastest."""
+    fields = [(f"f{index}", _value_type(each)) for index, each in enumerate(inputs)]
+    optional = [field if each.required else (*field, None) for field, each in zip(fields, inputs, strict=True)]
+    names = {f"f{index}": each.name for index, each in enumerate(inputs)}
+    row = msgspec.defstruct("Row", optional, rename=names, kw_only=True, forbid_unknown_fields=True)
+    listed = msgspec.defstruct("Listed", fields, array_like=True, forbid_unknown_fields=True)
+    unset = msgspec.UNSET
+    forms = [("rows", list[row] | msgspec.UnsetType, unset), ("data", list[listed] | msgspec.UnsetType, unset)]
+    return msgspec.defstruct("Body", forms, forbid_unknown_fields=True)
+
+
+def _value_type(each: Input) -> Any:
+    kind: Any = float if each.type == "number" else _Category
+    return kind if each.required else kind | None
+
+
+def _text(value: Any) -> str | None:
+    """The canonical text of one JSON scalar, as `features.schema.canonical_text` has it for a column."""
+    if value is None or type(value) is str:
+        return value
+    return canonical_text(pa.array([value]))[0].as_py()
+
+
+def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]:
+    kind = type(value)
+    if value is None:
+        if each.required:
+            yield Problem(index, each.name, f"is null; expected {_expected(each)}")
+    elif kind in (dict, list) or (each.type == "number" and kind in (str, bool)):
+        yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
+    elif kind is float and not math.isfinite(value):
+        yield Problem(index, each.name, "is not a finite number")
+    elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
+        yield Problem(index, each.name, "is too large")
+
+
+def _expected(each: Input) -> str:
+    return "a number" if each.type == "number" else "text, a number or a boolean"
+
+
+def _named(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return _JSON_NAMES[type(value)]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

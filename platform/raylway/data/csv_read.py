@@ -1,0 +1,327 @@
+"""CSV text to columns of text, with the exact line of every record; irregular text goes through Python's csv module."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from raylway.data import csv_text
+from raylway.data.csv_text import Heading, Scan
+from raylway.data.files import Location
+from raylway.errors import UserError
+
+RANGE_BYTES = 16 << 20
+"""Size of a read range, of the pieces of a stream and of the groups of small files. Part of what decides the bytes of
+prepared data: raise `prepare.VERSION` with it."""
+_SERIAL_RECORDS = 1 << 16
+_LONGEST_RANGES = 8
+"""A record longer than so many ranges is most likely a quote that never closes: the csv module takes over."""
+_LONGEST_SHOWN = 10_000
+_SENTINEL = "\0 end of the file"
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """One row that can't be used, and why."""
+
+    row_id: int
+    column: str | None
+    """None when it is the row as a whole."""
+    reason: str
+    cell: str
+    """As it stands in the file; of a whole row, its text."""
+
+
+@dataclass
+class Parsed:
+    """Some consecutive records."""
+
+    columns: dict[str, pa.Array]
+    """Text by column, in the order of the heading; an empty cell is null."""
+    lines: np.ndarray
+    """int64 [N]: the line that each record starts on."""
+    rejects: list[Reject] = field(default_factory=list)
+    """Records that are not among the N; `row_id` is the line."""
+
+
+def open_bytes(location: Location) -> BinaryIO:
+    """The file's bytes, unpacked."""
+    if location.compression == "zip":
+        archive = zipfile.ZipFile(location.path)
+        return archive.open(location.member or archive.namelist()[0])  # type: ignore[return-value]
+    if location.compression == "gz":
+        return gzip.open(location.path)  # type: ignore[return-value]
+    return Path(location.path).open("rb")
+
+
+@contextmanager
+def damage_named(location: Location) -> Iterator[None]:
+    """Turn what a damaged archive raises into a `UserError` with the file's name."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise UserError(
+            "the compressed file is damaged",
+            where=location.name,
+            found=str(error) or type(error).__name__,
+            fix="copy it again from where it came",
+        ) from None
+
+
+def text_bytes(location: Location) -> int:
+    """Size of the file's text; of a gzip file the compressed size, which is all that it tells."""
+    if location.compression == "zip":
+        with zipfile.ZipFile(location.path) as archive:
+            return archive.getinfo(location.member or archive.namelist()[0]).file_size
+    return location.bytes
+
+
+def heading(location: Location) -> Heading | None:
+    """The heading of a file; None if it holds nothing but blanks."""
+    with damage_named(location), open_bytes(location) as file:
+        data = _exactly(file, csv_text.HEADING_BYTES)
+        return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location.name)
+
+
+def read_stream(location: Location, head: Heading) -> Iterator[Parsed]:
+    """All records of a file, about `RANGE_BYTES` of text at a time.
+
+    Raises:
+        UserError: The file is damaged, or a quoted cell never closes.
+    """
+    with damage_named(location), open_bytes(location) as file:
+        _exactly(file, head.offset)
+        line, carry = head.line, b""
+        while True:
+            chunk = _exactly(file, RANGE_BYTES)
+            at_end = len(chunk) < RANGE_BYTES
+            body = carry + chunk if carry else chunk
+            cut = len(body) if at_end else csv_text.last_record_end(body)
+            if not cut and not at_end and len(body) < _LONGEST_RANGES * RANGE_BYTES:
+                carry = body
+                continue
+            parsed = parse(body[:cut], head, line) if cut or at_end else None
+            if parsed is None:
+                rest = iter(lambda: file.read(RANGE_BYTES), b"")
+                yield from _serial(itertools.chain([body], rest), head, line, location.name)
+                return
+            yield parsed
+            if at_end:
+                return
+            line += csv_text.line_ends(body[:cut])
+            carry = body[cut:]
+
+
+def scan_range(path: str, start: int, end: int, head: Heading) -> Scan:
+    """`csv_text.scan` of the bytes from `start` to `end` of a plain file."""
+    with Path(path).open("rb") as file:
+        file.seek(start - 1)
+        text = file.read(end - start + 2)
+    before = text[0] if start > head.offset else ord("\n")
+    after = text[end - start + 1] if len(text) > end - start + 1 else ord("\n")
+    return csv_text.scan(text[1 : end - start + 1], before, after, head.delimiter)
+
+
+def read_range(path: str, start: int, end: int, in_quotes: bool, line: int, head: Heading) -> Parsed:
+    """The records of a regular plain file that begin from `start` up to `end`.
+
+    Args:
+        path: The file.
+        start: First byte.
+        end: Byte after the last.
+        in_quotes: Whether `start` stands inside a quoted cell.
+        line: Line that `start` stands on.
+        head: The file's heading.
+    """
+    with Path(path).open("rb") as file:
+        file.seek(start - 1)
+        text = file.read(end - start + 1)
+        # the text begins one byte early: a line end there makes `start` the beginning of a record
+        first = 1 if start == head.offset else csv_text.record_start(text, in_quotes ^ (text[:1] == b'"'))
+        if first is None or first > end - start:
+            return Parsed({name: pa.array([], pa.string()) for name in head.columns}, np.zeros(0, np.int64))
+        line += csv_text.line_ends(text[1:first])
+        body = text[first:]
+        while not _ends_record(body) and (more := file.read(RANGE_BYTES)):
+            cut = csv_text.record_start(more, body.count(b'"') % 2 == 1)
+            body += more[:cut]
+            if cut is not None:
+                break
+    parsed = parse(body, head, line)
+    assert parsed is not None, "the first pass found this file regular"
+    return parsed
+
+
+def parse(body: bytes, head: Heading, line: int) -> Parsed | None:
+    """The records of a text that begins and ends with a record; None if its quotes break the rules.
+
+    Args:
+        body: The text.
+        head: The file's heading.
+        line: Line that the text starts on.
+    """
+    found = csv_text.records(body, head.delimiter)
+    if found is None:
+        return None
+    good = found.cells == len(head.columns)
+    rejects = []
+    if not good.all():
+        rejects = [
+            _ragged(body[found.starts[i] : found.ends[i]].rstrip(b"\r"), int(found.cells[i]), line + int(found.lines[i]), head)
+            for i in np.flatnonzero(~good)
+        ]
+        body = _joined(body, found, good)
+    lines = line + found.lines[good]
+    if not len(lines):
+        return Parsed({name: pa.array([], pa.string()) for name in head.columns}, lines, rejects)
+    table = _columns(body, head, found.multiline)
+    assert table.num_rows == len(lines), "pyarrow and the record scan disagree"
+    columns = [table[name].combine_chunks() for name in head.columns]
+    return _checked(Parsed(dict(zip(head.columns, columns, strict=True)), lines, rejects))
+
+
+def _columns(body: bytes, head: Heading, multiline: bool) -> pa.Table:
+    """Every cell as bytes. One block, so that no cell straddles two and no type changes on the way."""
+    return pa_csv.read_csv(
+        pa.BufferReader(body),
+        pa_csv.ReadOptions(column_names=head.columns, block_size=len(body) + 1, use_threads=False),
+        pa_csv.ParseOptions(delimiter=head.delimiter, newlines_in_values=multiline),
+        pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(head.columns, pa.binary()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+        ),
+    )
+
+
+def _checked(parsed: Parsed) -> Parsed:
+    """The same with its cells proven to be UTF-8; rows with one that is not become rejects."""
+    texts: dict[str, pa.Array] = {}
+    bad: dict[int, tuple[str, bytes]] = {}
+    for name, cells in parsed.columns.items():
+        try:
+            texts[name] = cells.cast(pa.string())
+        except pa.ArrowInvalid:
+            for index, cell in enumerate(cells.to_pylist()):
+                if cell is not None and not _is_utf8(cell):
+                    bad.setdefault(index, (name, cell))
+    if not bad:
+        return Parsed(texts, parsed.lines, parsed.rejects)
+    for index, (name, cell) in sorted(bad.items()):
+        shown = cell.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
+        parsed.rejects.append(Reject(int(parsed.lines[index]), name, "the cell is not UTF-8", shown))
+    keep = np.ones(len(parsed.lines), bool)
+    keep[list(bad)] = False
+    mask = pa.array(keep)
+    columns = {name: cells.filter(mask).cast(pa.string()) for name, cells in parsed.columns.items()}
+    return Parsed(columns, parsed.lines[keep], sorted(parsed.rejects, key=lambda reject: reject.row_id))
+
+
+def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Iterator[Parsed]:
+    """Records by Python's csv module: any text has a reading, and a line number for each record."""
+    csv.field_size_limit(2**31 - 1)
+    lines = io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline="")
+    # a cell that is still open at the end of the file swallows the sentinel: the csv module itself does not tell
+    reader = csv.reader(itertools.chain(lines, [_SENTINEL]), delimiter=head.delimiter)
+    rows: list[list[str]] = []
+    starts: list[int] = []
+    rejects: list[Reject] = []
+    closed = False
+    start = line
+    for row in reader:
+        closed = row == [_SENTINEL]
+        if closed:
+            break
+        if len(row) == len(head.columns):
+            rows.append(row)
+            starts.append(start)
+        elif row:
+            raw = head.delimiter.join(row).encode("utf-8", "surrogateescape")
+            rejects.append(_ragged(raw, len(row), start, head))
+        last, start = start, line + reader.line_num
+        if len(rows) == _SERIAL_RECORDS:
+            yield _from_rows(rows, starts, rejects, head)
+            rows, starts, rejects = [], [], []
+    if not closed:
+        raise UserError(
+            "a quoted cell never closes",
+            where=f"{name}:{last}",
+            expected='a closing quote (a quote inside a quoted cell is written "")',
+            fix="close the quote that opens in the row that starts on this line",
+        )
+    yield _from_rows(rows, starts, rejects, head)
+
+
+def _from_rows(rows: list[list[str]], starts: list[int], rejects: list[Reject], head: Heading) -> Parsed:
+    columns = {
+        name: pa.array([row[index].encode("utf-8", "surrogateescape") or None for row in rows], pa.binary())
+        for index, name in enumerate(head.columns)
+    }
+    return _checked(Parsed(columns, np.array(starts, np.int64), rejects))
+
+
+class _Chunks(io.RawIOBase):
+    """An iterator of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._left = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._left:
+            self._left = next(self._chunks, b"")
+            if not self._left:
+                return 0
+        taken, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+def _ragged(raw: bytes, cells: int, line: int, head: Heading) -> Reject:
+    few = "too few" if cells < len(head.columns) else "too many"
+    shown = raw.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
+    return Reject(line, None, f"{few} cells: {cells} where the heading has {len(head.columns)}", shown)
+
+
+def _joined(body: bytes, found: csv_text.Records, good: np.ndarray) -> bytes:
+    """The text of the good records only."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(np.int8), [0]])))
+    runs = zip(edges[0::2], edges[1::2], strict=True)
+    return b"\n".join(body[found.starts[first] : found.ends[last - 1]] for first, last in runs)
+
+
+def _ends_record(body: bytes) -> bool:
+    return body.endswith(b"\n") and body.count(b'"') % 2 == 0
+
+
+def _is_utf8(cell: bytes) -> bool:
+    try:
+        cell.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    """So many bytes, fewer only at the end of the file."""
+    parts: list[bytes] = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

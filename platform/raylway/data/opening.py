@@ -1,0 +1,120 @@
+"""From locations to a source that can be read: columns, headings, and the parts that the items are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from raylway.data import arrow_read, csv_read
+from raylway.data.csv_text import Heading, check_columns
+from raylway.data.decide import Places
+from raylway.data.files import Format, Location, call, locate, zip_members
+from raylway.data.items import Group, Part, Slice, Stream
+from raylway.errors import UserError
+from raylway.job.load import LoadedJob
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source; nothing but headings and footers has been read of its files."""
+
+    format: Format
+    files: list[str]
+    """Names by file index."""
+    columns: list[str]
+    """Of the first file that has any."""
+    parts: list[Part]
+    """In the order of the row ids; a CSV file is one part here."""
+    notes: list[str] = field(default_factory=list)
+    """About files without rows."""
+
+    @property
+    def places(self) -> Places:
+        return Places(self.files, self.format == "csv")
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+def open_source(loaded: LoadedJob) -> Source:
+    """Find the job's source and read what its files say about their columns.
+
+    Raises:
+        UserError: The source can't be read, its files have different columns, or it has none.
+    """
+    locations = locate(loaded)
+    where = loaded.location("data.source")
+    kind = locations[0].format
+    if kind == "python":
+        return _from_function(locations[0], where)
+    source = _from_parquet(locations) if kind == "parquet" else _from_csv(locations)
+    if not source.columns:
+        raise no_rows(where, ", ".join(source.files[:5]))
+    return source
+
+
+def no_rows(where: str, found: str) -> UserError:
+    return UserError("the source has no rows to train on", where=where, expected="at least one row", found=found)
+
+
+def _from_csv(locations: list[Location]) -> Source:
+    files: list[Location] = []
+    for location in locations:
+        files += zip_members(location) if location.compression == "zip" else [location]
+    parts: list[Part] = []
+    notes: list[str] = []
+    columns: list[str] = []
+    first = ""
+    for index, location in enumerate(files):
+        heading: Heading | None = csv_read.heading(location)
+        if heading is None:
+            notes.append(f"{location.name} is empty; it adds no rows")
+            continue
+        first = first or location.name
+        columns = _agreed(columns, heading.columns, first, location.name)
+        parts.append(Stream(index, location, heading, csv_read.text_bytes(location)))
+    return Source("csv", [location.name for location in files], columns, parts, notes)
+
+
+def _from_parquet(locations: list[Location]) -> Source:
+    parts: list[Part] = []
+    columns: list[str] = []
+    for index, location in enumerate(locations):
+        names, schema, groups = arrow_read.footer(location)
+        columns = _agreed(columns, names, locations[0].name, location.name)
+        row = 1
+        for group, (rows, size) in enumerate(groups):
+            parts.append(Group(index, location, group, row, size, schema))
+            row += rows
+    return Source("parquet", [location.name for location in locations], columns, parts)
+
+
+def _from_function(location: Location, where: str) -> Source:
+    table = call(location, where)
+    check_columns(table.column_names, location.name)
+    rows = max(1, csv_read.RANGE_BYTES * table.num_rows // max(1, table.nbytes))
+    parts: list[Part] = []
+    for start in range(0, table.num_rows, rows):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.slice(start, rows))
+        parts.append(Slice(0, location, start + 1, sink.getvalue().to_pybytes()))
+    return Source("python", [location.name], table.column_names, parts)
+
+
+def _agreed(columns: list[str], found: list[str], first: str, name: str) -> list[str]:
+    """The columns of the set, when those of one more file are the same in any order."""
+    if not columns or sorted(columns) == sorted(found):
+        return columns or found
+    lacking = [column for column in columns if column not in found]
+    further = [column for column in found if column not in columns]
+    differences = [f"without {', '.join(lacking[:10])}"] * bool(lacking) + [f"with {', '.join(further[:10])}"] * bool(further)
+    raise UserError(
+        "the files of one source must have the same columns",
+        where=name,
+        expected=f"the columns of {first}: {', '.join(columns[:20])}",
+        found=" and ".join(differences),
+        fix="take the file out of the source, or write it with the same columns",
+    )

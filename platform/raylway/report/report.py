@@ -1,0 +1,170 @@
+"""One self-contained HTML page from a run directory, whatever of the run is there yet.
+
+No script, no network, no font of its own: the page can be mailed, archived and printed. Everything that comes from the
+data (names of classes, columns and files, cells) is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+
+from raylway import storage
+from raylway.evaluate.record import LABELS, Evaluation
+from raylway.features.prepared import SPLITS, Manifest, Prepared
+from raylway.report import figures, words
+from raylway.report.charts import Figure
+from raylway.runs.run import STAGES, Run, RunRecord
+
+_MOST_CLASSES = 20
+"""Of a confusion matrix that can be read; of more classes the most frequent confusions are listed."""
+_MOST_LISTED = 50
+_MOST_QUARANTINED = 20
+
+
+def write(run: Run, prepared: Prepared) -> Path:
+    """Write `report.html` anew and return where it is.
+
+    Args:
+        run: The run; it may be unfinished, and the page then says what is missing.
+        prepared: The data that it was trained on.
+    """
+    record, manifest = run.record, prepared.manifest
+    evaluation = storage.read_record(run.evaluation, Evaluation) if run.evaluation.exists() else None
+    training = record.stages["train"].facts if "train" in record.stages else {}
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            record=record,
+            manifest=manifest,
+            unfinished=[
+                name for name in STAGES[:-1] if name not in record.stages or record.stages[name].status != "done"
+            ],
+            evaluation=evaluation,
+            result=_result(evaluation, manifest) if evaluation else None,
+            job=run.job.read_text(encoding="utf-8") if run.job.exists() else "",
+            account=manifest.account,
+            balance=_balance(manifest),
+            profile=_profile(prepared.folder / "profile.json"),
+            quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
+            training=training,
+            learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
+            answers=_answers(run, evaluation),
+            clock=_clock(record),
+        )
+    )
+    storage.write_bytes(run.report, page.encode("utf-8", "replace"))
+    return run.report
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raylway", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": words.number,
+        "figure": words.figure,
+        "seconds": words.seconds,
+        "moment": words.moment,
+        "joined": words.sentence_list,
+    }
+    environment.globals["percent"] = words.percent
+    return environment
+
+
+def _result(evaluation: Evaluation, manifest: Manifest) -> dict[str, Any]:
+    """Headline, tiles, comparison and confusion of an evaluation."""
+    tiles = [
+        {
+            "label": LABELS[name],
+            "value": words.figure(value),
+            "reason": evaluation.undefined.get(name, ""),
+            "beside": [
+                f"{part.name} {words.figure(part.scores.metrics[name])}" for part in evaluation.baselines if part.scores
+            ],
+        }
+        for name, value in evaluation.metrics.items()
+    ]
+    return {
+        "headline": words.headline(evaluation, manifest.signature.target),
+        "verdict": words.verdict(evaluation),
+        "tiles": tiles,
+        "comparison": words.comparison(evaluation),
+        "notes": [f"{part.name.capitalize()}: {part.how}." for part in evaluation.baselines],
+        "confusion": _confusion(evaluation),
+        "per_class": sorted(evaluation.per_class, key=lambda scores: -scores.support)[:_MOST_LISTED],
+        "classes": len(evaluation.per_class),
+    }
+
+
+def _confusion(evaluation: Evaluation) -> dict[str, Any]:
+    """The matrix of few classes, or the most frequent mistakes among many."""
+    names = [scores.name for scores in evaluation.per_class]
+    if len(names) <= _MOST_CLASSES:
+        rows = []
+        for name, counts in zip(names, evaluation.confusion, strict=True):
+            total = sum(counts)
+            row = [
+                {"rows": count, "share": words.percent(count, total), "depth": count / total if total else 0.0}
+                for count in counts
+            ]
+            rows.append({"name": name, "total": total, "cells": row})
+        return {"names": names, "matrix": rows, "mistakes": []}
+    cells = [(n, row, column) for row, counts in enumerate(evaluation.confusion) for column, n in enumerate(counts)]
+    wrong = sorted((cell for cell in cells if cell[0] and cell[1] != cell[2]), key=lambda cell: -cell[0])
+    mistakes = [{"true": names[a], "answer": names[b], "rows": n} for n, a, b in wrong[:_MOST_CLASSES]]
+    return {"names": names, "matrix": [], "mistakes": mistakes}
+
+
+def _balance(manifest: Manifest) -> dict[str, Any]:
+    """Rows of each class by split, the most frequent classes first."""
+    counts = list(zip(*(manifest.classes[split] for split in SPLITS), strict=True))
+    totals = [sum(column) for column in zip(*counts, strict=True)]
+    rows = [
+        {
+            "name": name,
+            "splits": [{"rows": n, "share": words.percent(n, total)} for n, total in zip(parts, totals, strict=True)],
+            "depth": sum(parts) / max(1, sum(totals)),
+        }
+        for name, parts in zip(manifest.signature.classes, counts, strict=True)
+    ]
+    rows.sort(key=lambda row: -row["depth"])
+    return {"rows": rows[:_MOST_LISTED], "more": max(0, len(rows) - _MOST_LISTED)}
+
+
+def _profile(path: Path) -> list[dict[str, Any]]:
+    return msgspec.json.decode(path.read_bytes())["columns"] if path.exists() else []
+
+
+def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / "rows.jsonl"
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from map(msgspec.json.decode, lines)
+
+
+def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
+    if evaluation is None or not evaluation.rows or not run.predictions.exists():
+        return []
+    draw = figures.regression if evaluation.task == "regression" else figures.classification
+    return draw(run.predictions, evaluation)
+
+
+def _clock(record: RunRecord) -> list[dict[str, Any]]:
+    """Seconds of each stage that has begun, with its share of the longest."""
+    stages = [(name, record.stages[name]) for name in STAGES[:-1] if name in record.stages]
+    longest = max((stage.elapsed_s for _, stage in stages), default=0.0) or 1.0
+    return [
+        {"name": name, "status": stage.status, "elapsed_s": stage.elapsed_s, "share": stage.elapsed_s / longest}
+        for name, stage in stages
+    ]

@@ -1,0 +1,148 @@
+"""The OpenAPI 3.1 document of one bundle, made from its signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylway import __version__
+from raylway.bundle import examples
+from raylway.bundle.contents import Bundle
+from raylway.features.signature import Input, Signature
+from serve_app.problems import TITLES
+
+Schema = dict[str, Any]
+_MOST_CATEGORIES = 50
+"""Named in the description of a feature; `GET /signature` and the bundle have them all."""
+
+
+def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
+    """The whole document.
+
+    Args:
+        bundle: What is served.
+        max_body_bytes: The largest request body.
+    """
+    record = bundle.record
+    made = examples.read(bundle.folder).rows
+    responses = {
+        "200": {"description": "One answer a row, in the order of the rows", **_json("Answers", "NestedList")},
+        **{str(status): _problem(status) for status in (400, 413, 415, 422, 500, 503)},
+    }
+    predict = {
+        "summary": "Answer rows",
+        "description": (
+            f"Either `rows`, objects with a value for each feature, or `data`, lists of values in the order of "
+            f"`/signature`. Up to {max_body_bytes:,} bytes; no rows are answered with no answers."
+        ),
+        "operationId": "predict",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"oneOf": [_ref("RowsRequest"), _ref("DataRequest")]},
+                    "examples": {
+                        "rows": {"value": {"rows": made[:1]}},
+                        "data": {"value": {"data": [list(made[0].values())]}},
+                    },
+                }
+            },
+        },
+        "responses": responses,
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": record.name,
+            "version": record.version,
+            "description": f"Predicts `{record.signature.target}`; served by Raylway {__version__}.",
+        },
+        "paths": {
+            "/predict": {"post": predict},
+            "/signature": _page("What the model takes and gives", "application/json"),
+            "/healthz": _page("The process is alive", "application/json"),
+            "/readyz": _page("The model is loaded, has checked itself, and has room", "application/json", 503),
+            "/openapi.json": _page("This document", "application/json"),
+            "/docs": _page("A page that shows how to ask", "text/html"),
+        },
+        "components": {"schemas": schemas(record.signature, bundle)},
+    }
+
+
+def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
+    """JSON Schemas (draft 2020-12) of requests, answers and errors."""
+    categories = {feature.name: feature.categories for feature in bundle.record.transform.categorical}
+    values = {each.name: _value(each, categories.get(each.name, [])) for each in signature.inputs}
+    row = {
+        "type": "object",
+        "properties": values,
+        "required": [each.name for each in signature.inputs if each.required],
+        "additionalProperties": False,
+    }
+    listed = {"type": "array", "prefixItems": list(values.values()), "items": False, "minItems": len(values)}
+    model = _object({"name": {"type": "string"}, "version": {"type": "string"}})
+    answers: dict[str, Schema] = {"predictions": {"type": "array", "items": {"type": "number"}}, "model": model}
+    if signature.classes:
+        of_one_row = _object({name: {"type": "number", "minimum": 0, "maximum": 1} for name in signature.classes})
+        answers["predictions"] = {"type": "array", "items": {"enum": signature.classes}}
+        answers["probabilities"] = {"type": "array", "items": of_one_row}
+    width = max(1, len(signature.classes))
+    output = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
+    text: Schema = {"type": "string"}
+    mistake = {"row": {"type": ["integer", "null"]}, "feature": {"type": ["string", "null"]}, "reason": text}
+    problem = _object({"type": text, "title": text, "status": {"type": "integer"}, "detail": text})
+    problem["properties"]["errors"] = {"type": "array", "items": _object(mistake)}
+    return {
+        "Row": row,
+        "RowsRequest": _object({"rows": {"type": "array", "items": _ref("Row")}}),
+        "DataRequest": _object({"data": {"type": "array", "items": listed}}),
+        "Answers": _object(answers),
+        "NestedList": {
+            "type": "array",
+            "items": output,
+            "description": "For `data`: for each row the probabilities, in the order of the classes, or [value]",
+        },
+        "Problem": problem,
+    }
+
+
+def _value(each: Input, categories: list[str]) -> Schema:
+    kinds = ["number"] if each.type == "number" else ["string", "number", "boolean"]
+    schema: Schema = {"type": kinds if each.required else [*kinds, "null"]}
+    if categories:
+        shown = ", ".join(categories[:_MOST_CATEGORIES]) + (", …" if len(categories) > _MOST_CATEGORIES else "")
+        schema["description"] = f"known: {shown}; another one is accepted as unknown"
+    return schema
+
+
+def _object(properties: dict[str, Schema]) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _json(*names: str) -> dict[str, Any]:
+    schema = _ref(names[0]) if len(names) == 1 else {"oneOf": [_ref(name) for name in names]}
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    response: dict[str, Any] = {
+        "description": TITLES[status],
+        "content": {"application/problem+json": {"schema": _ref("Problem")}},
+    }
+    if status == 503:
+        response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+    return response
+
+
+def _page(summary: str, media_type: str, *problems: int) -> dict[str, Any]:
+    kind = "string" if media_type == "text/html" else "object"
+    responses: dict[str, Any] = {"200": {"description": summary, "content": {media_type: {"schema": {"type": kind}}}}}
+    return {"get": {"summary": summary, "responses": responses | {str(each): _problem(each) for each in problems}}}
