@@ -106,9 +106,10 @@ def machine() -> str:
     """The machine and the versions in a line, without its name."""
     cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "pandas", "pyarrow"))
-    model = cpu[1] if cpu else platform.machine()
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB; Python {platform.python_version()}, {versions}"
+    packages = ("ray", "torch", "pandas", "pyarrow", "scikit-learn")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    hardware = f"{len(os.sched_getaffinity(0))} cores of {cpu[1] if cpu else platform.machine()}, {memory:.0f} GiB"
+    return f"{hardware}; Python {platform.python_version()}, {versions}"
 
 
 def write_section(name: str, text: str) -> None:
@@ -116,7 +117,10 @@ def write_section(name: str, text: str) -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     section = f"## {name}\n{today}. {machine()}.\n\n{text.strip()}\n"
     old = RESULTS.read_text() if RESULTS.exists() else HEADER
-    parts = {found[0]: f"## {found[0]}\n{found[1].strip()}\n" for found in re.findall(r"## (\w+)\n(.*?)(?=\n## |\Z)", old, re.S)}
+    parts = {
+        found[0]: f"## {found[0]}\n{found[1].strip()}\n"
+        for found in re.findall(r"## (\w+)\n(.*?)(?=\n## |\Z)", old, re.S)
+    }
     parts[name] = section
     RESULTS.write_text("\n".join([HEADER, *(parts[each] for each in SECTIONS if each in parts)]))
     print(section)

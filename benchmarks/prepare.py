@@ -1,4 +1,4 @@
-"""Preparation: `raylway prepare` beside the article's script (chapter 2) on the flights of 2013, once and five times over.
+"""Preparation: `raylway prepare` beside the article's script (chapter 2) on the flights of 2013, once and five times.
 
 The script is the article's: read, dropna, drop_duplicates, train_test_split, StandardScaler; what it leaves open is
 decided in its favour: only the columns of numbers are scaled, and the result is written once, as Parquet. It keeps no
@@ -97,8 +97,8 @@ def main() -> None:
     lines = table(heads, [compare(copies, repeats) for copies in (1, 5)])
     write_section(
         "prepare",
-        f"{lines}\n\nSeconds from the command to its end, median of {repeats}; the stage is without the start of Python "
-        "and Ray. Ratios below 1: Raylway is faster.",
+        f"{lines}\n\nSeconds from the command to its end, median of {repeats}; the stage is without the start of "
+        "Python and Ray. Ratios below 1: Raylway is faster.",
     )
 
 

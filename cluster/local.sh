@@ -12,8 +12,8 @@ set -euo pipefail
 PORT=${PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 CPUS=${CPUS:-1}
-RAY=${RAY:-$([ -x .venv/bin/ray ] && echo .venv/bin/ray || echo ray)}
-FOLDER=${FOLDER:-$(mktemp -d /tmp/raylway-local-XXXXXX)}
+RAY=${RAY:-$([ -x .venv/bin/ray ] && echo "$PWD/.venv/bin/ray" || echo ray)}
+FOLDER=${FOLDER:-$(mktemp -d /tmp/ray-local-XXXXXX)}
 
 # Ray writes its token readable for all; written here first, it is this user's alone.
 token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
@@ -22,6 +22,7 @@ if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
     if [ ! -s "$token" ]; then (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token"); fi
     chmod 600 "$token"
 fi
+export PATH=$(dirname "$(command -v "$RAY")"):$PATH # a job's `python` is the one beside `ray`
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-30}
@@ -39,7 +40,8 @@ fi
 
 started=()
 stop() {
-    trap - EXIT INT TERM
+    trap - EXIT
+    trap '' INT TERM # a second Ctrl-C must not leave a node behind
     kill "${started[@]}" 2>/dev/null || true
     wait "${started[@]}" 2>/dev/null || true
     rm -rf "$FOLDER"
@@ -55,7 +57,7 @@ node() { # its name, then more arguments of `ray start`
     local log=$FOLDER/$1.log
     : >"$log"
     "$RAY" start --block --node-ip-address=127.0.0.1 --num-cpus="$CPUS" --object-store-memory=500000000 \
-        --temp-dir="$FOLDER" --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
+        --temp-dir="$FOLDER/$1" --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
         "${@:2}" >"$log" 2>&1 </dev/null &
     started+=($!)
     until grep -q 'Ray runtime started' "$log"; do

@@ -25,7 +25,8 @@ answers 503, and not in Ray's, which are bounded differently in its two modes.""
 UPSCALE_DELAY_S = 3.0
 DOWNSCALE_DELAY_S = 60.0
 """A replica costs seconds to start and little to keep."""
-LOOK_BACK_S = 5.0
+LOOK_BACK_S = 11.0
+"""What the average is taken over; Ray collects the figures every 10 s and wants it to be longer."""
 
 
 @serve.deployment(

@@ -52,7 +52,9 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
         reporter.note(f"{loaded.job.name}: run {found.folder.name} is finished; nothing to do. Results: {found.folder}")
         return found
     from raylway.launch import start
+    from raylway.launch.check import check
 
+    check(loaded)
     with start.connect(reporter, loaded.import_paths) as capacity:
         prepared = data_prepare.prepare(loaded, root, reporter)
         if last == "prepare":

@@ -133,12 +133,11 @@ class Predictor:
         if not rows:
             return self._nothing()
         padded = -(-rows // CHUNK_ROWS) * CHUNK_ROWS
-        numbers = torch.zeros(padded, numeric.shape[1])
-        numbers[:rows] = torch.from_numpy(np.ascontiguousarray(numeric))
-        codes = torch.zeros(padded, categorical.shape[1], dtype=torch.int64)
-        codes[:rows] = torch.from_numpy(np.ascontiguousarray(categorical))
+        numbers = np.zeros((padded, numeric.shape[1]), np.float32)
+        codes = np.zeros((padded, categorical.shape[1]), np.int64)
+        numbers[:rows], codes[:rows] = numeric, categorical
         with torch.inference_mode(), _one_thread():
-            chunks = zip(numbers.split(CHUNK_ROWS), codes.split(CHUNK_ROWS), strict=True)
+            chunks = zip(*(torch.from_numpy(each).split(CHUNK_ROWS) for each in (numbers, codes)), strict=True)
             outputs = [self._finished(self._model(*chunk)) for chunk in chunks]
         return torch.cat(outputs)[:rows].numpy()
 

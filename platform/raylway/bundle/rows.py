@@ -34,6 +34,8 @@ Form = Literal["rows", "data"]
 MOST_PROBLEMS = 20
 """Named in one answer; a client with more mistakes than these has one mistake."""
 
+_LONGEST = 200
+"""Characters of a client's own text in an answer."""
 _INT64 = 1 << 63
 _Category = str | Annotated[int, msgspec.Meta(ge=-_INT64, le=_INT64 - 1)] | float | bool
 _LARGEST_NUMBER = int(sys.float_info.max)
@@ -159,8 +161,8 @@ class RowReader:
 
     def _problems(self, content: Any) -> Iterable[Problem]:
         if type(content) is not dict or len(content) != 1 or not content.keys() <= {"rows", "data"}:
-            keys = ", ".join(map(repr, content)) if type(content) is dict else _named(content)
-            found = keys or "an empty object"
+            keys = f"the keys {', '.join(map(_shown, content))}"[:_LONGEST] if content else "an empty object"
+            found = keys if type(content) is dict else _named(content)
             yield Problem(None, None, f'expected an object with one key, "rows" or "data"; found {found}')
             return
         ((form, rows),) = content.items()
@@ -176,9 +178,9 @@ class RowReader:
             yield Problem(index, None, f"expected an object with a value for each feature; found {_named(row)}")
             return
         for name in (name for name in row if name not in self._inputs):
-            near = difflib.get_close_matches(name, self._inputs, n=1)
+            near = difflib.get_close_matches(name[:_LONGEST], self._inputs, n=1)
             hint = f"; did you mean {near[0]}?" if near else ", leave it out"
-            yield Problem(index, name, f"is no feature of this model{hint}")
+            yield Problem(index, name[:_LONGEST], f"is no feature of this model{hint}")
         for name, each in self._inputs.items():
             if name in row:
                 yield from _problems_of_value(index, each, row[name])
@@ -241,8 +243,12 @@ def _named(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return f"the text {value[:40]!r}"
+        return f"the text {_shown(value)}"
     return _JSON_NAMES[type(value)]
+
+
+def _shown(text: str) -> str:
+    return repr(text[:40])
 
 
 def _refuse_constant(name: str) -> NoReturn:

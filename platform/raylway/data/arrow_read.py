@@ -28,7 +28,11 @@ def footer(location: Location) -> tuple[list[str], str, list[tuple[int, int]]]:
     schema = metadata.schema.to_arrow_schema()
     check_columns(schema.names, location.name)
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    return schema.names, schema.remove_metadata().to_string(), [(group.num_rows, group.total_byte_size) for group in groups]
+    return (
+        schema.names,
+        schema.remove_metadata().to_string(),
+        [(group.num_rows, group.total_byte_size) for group in groups],
+    )
 
 
 def read_group(location: Location, group: int, columns: list[str]) -> pa.Table:
@@ -40,7 +44,20 @@ def read_group(location: Location, group: int, columns: list[str]) -> pa.Table:
         raise _damaged(location, error) from None
 
 
-def stored(column: pa.ChunkedArray, name: str, row_ids: np.ndarray, as_numbers: bool, where: str) -> tuple[pa.Array, Seen]:
+def read_some(location: Location, group: int, columns: list[str], rows: int) -> pa.Table:
+    """The first rows of a row group."""
+    try:
+        with pq.ParquetFile(location.path) as file:
+            batch = next(file.iter_batches(rows, [group], columns, use_threads=False), None)
+            schema = file.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(location, error) from None
+    return (pa.Table.from_batches([batch]) if batch is not None else schema.empty_table()).select(columns)
+
+
+def stored(
+    column: pa.ChunkedArray, name: str, row_ids: np.ndarray, as_numbers: bool, where: str
+) -> tuple[pa.Array, Seen]:
     """A typed column in a stored form: NaN and empty text are missing, dates and times are ISO 8601 text.
 
     Args:
@@ -73,7 +90,9 @@ def stored(column: pa.ChunkedArray, name: str, row_ids: np.ndarray, as_numbers: 
         array = array.cast(pa.float64())
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)
     missing = array.null_count
-    form = "string" if pa.types.is_dictionary(array.type) else {"double": "float64"}.get(str(array.type), str(array.type))
+    form = (
+        "string" if pa.types.is_dictionary(array.type) else {"double": "float64"}.get(str(array.type), str(array.type))
+    )
     seen = Seen([source], [form], missing=missing, present=len(array) - missing)
     if form == "float64":
         seen.real = seen.present
@@ -94,7 +113,9 @@ def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
     if pa.types.is_dictionary(kind):
         array = array.cast(kind.value_type)
         kind = array.type
-    flat = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+    flat = (
+        pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+    )
     if flat:
         return array
     if pa.types.is_decimal(kind):

@@ -1,4 +1,4 @@
-"""The type of each column, decided over the whole data: every piece says what it saw, the driver decides, pieces follow.
+"""The type of each column, decided over the whole data: every piece says what it saw, the driver decides.
 
 A piece holds a column in the narrowest form that loses nothing that could still matter; `Seen` says which that is.
 """
@@ -110,7 +110,9 @@ def numbers(texts: pa.Array) -> Numbers:
         is_number = ~np.isnan(values)
     # only few texts need the slower questions: whole values for being whole numbers, those with two digits for zeros
     is_whole = _matches_some(texts, _WHOLE, is_number & np.isfinite(values) & (values == np.trunc(values)))
-    has_zero = _matches_some(texts, _LEADING_ZERO, is_number & (pc.binary_length(texts).to_numpy(zero_copy_only=False) > 1))
+    has_zero = _matches_some(
+        texts, _LEADING_ZERO, is_number & (pc.binary_length(texts).to_numpy(zero_copy_only=False) > 1)
+    )
     whole = np.zeros(count, np.int64)
     is_beyond = no.copy()
     for index in np.flatnonzero(is_whole & (np.abs(values) >= 2**53)):

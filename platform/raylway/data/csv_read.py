@@ -28,8 +28,8 @@ RANGE_BYTES = 16 << 20
 """Size of a read range, of the pieces of a stream and of the groups of small files. Part of what decides the bytes of
 prepared data: raise `prepare.VERSION` with it."""
 _SERIAL_RECORDS = 1 << 16
-_LONGEST_RANGES = 8
-"""A record longer than so many ranges is most likely a quote that never closes: the csv module takes over."""
+_LONGEST_STEPS = 8
+"""A record longer than so many steps is most likely a quote that never closes: the csv module takes over."""
 _LONGEST_SHOWN = 10_000
 _SENTINEL = "\0 end of the file"
 
@@ -86,7 +86,7 @@ def text_bytes(location: Location) -> int:
     if location.compression == "zip":
         with zipfile.ZipFile(location.path) as archive:
             return archive.getinfo(location.member or archive.namelist()[0]).file_size
-    return location.bytes
+    return location.size
 
 
 def heading(location: Location) -> Heading | None:
@@ -96,8 +96,8 @@ def heading(location: Location) -> Heading | None:
         return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location.name)
 
 
-def read_stream(location: Location, head: Heading) -> Iterator[Parsed]:
-    """All records of a file, about `RANGE_BYTES` of text at a time.
+def read_stream(location: Location, head: Heading, step: int) -> Iterator[Parsed]:
+    """All records of a file, about `step` bytes of text at a time.
 
     Raises:
         UserError: The file is damaged, or a quoted cell never closes.
@@ -106,16 +106,16 @@ def read_stream(location: Location, head: Heading) -> Iterator[Parsed]:
         _exactly(file, head.offset)
         line, carry = head.line, b""
         while True:
-            chunk = _exactly(file, RANGE_BYTES)
-            at_end = len(chunk) < RANGE_BYTES
+            chunk = _exactly(file, step)
+            at_end = len(chunk) < step
             body = carry + chunk if carry else chunk
             cut = len(body) if at_end else csv_text.last_record_end(body)
-            if not cut and not at_end and len(body) < _LONGEST_RANGES * RANGE_BYTES:
+            if not cut and not at_end and len(body) < _LONGEST_STEPS * step:
                 carry = body
                 continue
             parsed = parse(body[:cut], head, line) if cut or at_end else None
             if parsed is None:
-                rest = iter(lambda: file.read(RANGE_BYTES), b"")
+                rest = iter(lambda: file.read(step), b"")
                 yield from _serial(itertools.chain([body], rest), head, line, location.name)
                 return
             yield parsed
@@ -123,6 +123,34 @@ def read_stream(location: Location, head: Heading) -> Iterator[Parsed]:
                 return
             line += csv_text.line_ends(body[:cut])
             carry = body[cut:]
+
+
+def read_head(location: Location, head: Heading, limit: int) -> tuple[list[Parsed], float]:
+    """The records within the first `limit` bytes of a file's text, and which share of the text they are.
+
+    Raises:
+        UserError: The file is damaged, or short enough to tell that a quoted cell never closes.
+    """
+    parsed: list[Parsed] = []
+    with damage_named(location), open_bytes(location) as file:
+        _exactly(file, head.offset)
+        body = _exactly(file, limit)
+        whole = len(body) < limit or not file.read(1)
+        cut = len(body) if whole else csv_text.last_record_end(body) or body.rfind(b"\n") + 1
+        regular = parse(body[:cut], head, head.line)
+        if regular is not None:
+            parsed.append(regular)
+        else:
+            try:
+                parsed.extend(_serial(iter([body[:cut]]), head, head.line, location.name))
+            except UserError:
+                if whole:  # otherwise it is the sample that ends within a cell
+                    raise
+        if whole:
+            return parsed, 1.0
+        if location.compression == "gz":
+            return parsed, min(1.0, Path(location.path).stat().st_size and file.fileobj.tell() / location.size)  # type: ignore[attr-defined]
+    return parsed, cut / max(1, text_bytes(location) - head.offset)
 
 
 def scan_range(path: str, start: int, end: int, head: Heading) -> Scan:
@@ -180,7 +208,12 @@ def parse(body: bytes, head: Heading, line: int) -> Parsed | None:
     rejects = []
     if not good.all():
         rejects = [
-            _ragged(body[found.starts[i] : found.ends[i]].rstrip(b"\r"), int(found.cells[i]), line + int(found.lines[i]), head)
+            _ragged(
+                body[found.starts[i] : found.ends[i]].rstrip(b"\r"),
+                int(found.cells[i]),
+                line + int(found.lines[i]),
+                head,
+            )
             for i in np.flatnonzero(~good)
         ]
         body = _joined(body, found, good)

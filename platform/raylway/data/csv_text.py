@@ -92,7 +92,9 @@ def _check_columns(columns: list[str], where: str) -> None:
             expected="a heading that names every column",
             fix="name it, or write the file without it (pandas: to_csv(..., index=False))",
         )
-    twice = sorted({column for column in columns if columns.count(column) > 1}) if len(set(columns)) < len(columns) else []
+    twice = (
+        sorted({column for column in columns if columns.count(column) > 1}) if len(set(columns)) < len(columns) else []
+    )
     if twice:
         raise UserError(
             "two columns have the same name",
@@ -103,8 +105,7 @@ def _check_columns(columns: list[str], where: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(msgspec.Struct, frozen=True):
     """What one byte range says about itself without knowing what precedes it."""
 
     line_ends: int
@@ -170,7 +171,11 @@ def records(body: bytes, delimiter: str) -> Records | None:
         delimiters = delimiters[inside[delimiters] == 0]
     starts = np.concatenate([[0], breaks + 1])
     ends = np.concatenate([breaks, [len(text)]])
-    blank = (ends == starts) | ((ends == starts + 1) & (text[np.minimum(starts, len(text) - 1)] == _CR)) if len(text) else [True]
+    blank = (
+        (ends == starts) | ((ends == starts + 1) & (text[np.minimum(starts, len(text) - 1)] == _CR))
+        if len(text)
+        else [True]
+    )
     full = np.flatnonzero(~np.asarray(blank))
     starts, ends = starts[full], ends[full]
     lines = full if len(line_ends) == len(breaks) else np.searchsorted(line_ends, starts)

@@ -72,7 +72,9 @@ def decide(seen: dict[str, Seen], numeric: set[str], clean: Clean, places: Place
     return Types(types, sentences)
 
 
-def refuse_infinite(seen: dict[str, Seen], types: dict[str, str], clean: Clean, unused: set[str], places: Places) -> None:
+def refuse_infinite(
+    seen: dict[str, Seen], types: dict[str, str], clean: Clean, unused: set[str], places: Places
+) -> None:
     """An infinite number in a column that is used stops the job, unless it counts as missing.
 
     Raises:
@@ -119,7 +121,7 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
         kind = "float64"
     sentences = [_invalid(name, column, places)] if column.bad else []
     if column.words:
-        sentences.append(f"column {name!r} holds numbers: {column.words} cells like NA or null count as missing")
+        sentences.append(f"column {name!r} holds numbers: {column.words:,} cells like NA or null count as missing")
     return kind, sentences
 
 

@@ -54,7 +54,7 @@ class Location(msgspec.Struct, frozen=True):
         return "zip" if lower.endswith(".zip") else "gz" if lower.endswith(".gz") else ""
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return Path(self.path).stat().st_size
 
 
@@ -85,6 +85,19 @@ def locate(loaded: LoadedJob) -> list[Location]:
             fix="name the files of one format, such as FOLDER/*.csv",
         )
     return locations
+
+
+def file_at(path: Path) -> Location:
+    """One data file that a person named on the command line.
+
+    Raises:
+        UserError: It is not there or of no known format.
+    """
+    if not path.is_file():
+        raise UserError("there is no such file", where=str(path), fix=_nearest(path.name, [path.parent]))
+    if not _is_data(path.name):
+        raise UserError("the file is of no known format", where=str(path), expected=ENDINGS)
+    return Location(str(path), str(path.absolute()))
 
 
 def checksum(location: Location) -> str:
@@ -244,10 +257,10 @@ def _local(path: str, text: str, bases: list[Path], where: str) -> list[Location
         if candidate.is_dir():
             return _folder(candidate, text, where)
         if glob.has_magic(path):
-            found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]
+            found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
             if files := [file for file in found if file.is_file() and _is_data(file.name)]:
                 # the glob's own words up to its first wildcard, then what was found
-                fixed = Path(*[part for part in _until_magic(Path(path).expanduser())])
+                fixed = Path(*_until_magic(Path(path).expanduser()))
                 shown = text[: len(text) - len(path)]
                 return [_found(file, base / fixed, f"{shown}{fixed.as_posix()}") for file in files]
     raise UserError(

@@ -1,7 +1,7 @@
 """Read items: what one task reads, cut by file sizes and constants only, and the pieces that come out of them.
 
-A piece is some tens of thousands of consecutive rows as an Arrow table in stored form (`columns`), with what was seen in
-it. Pieces are the unit of every later pass, and the same whatever the number of CPUs.
+A piece is some tens of thousands of consecutive rows as an Arrow table in stored form (`columns`), with what was seen
+in it. Pieces are the unit of every later pass, and the same whatever the number of CPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from raylway.data import arrow_read, columns, csv_read
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Parsed, Reject
-from raylway.data.csv_text import Heading
+from raylway.data.csv_text import Heading, Scan
 from raylway.data.files import Location
 from raylway.features.prepared import LINE_BITS
 
@@ -30,7 +30,7 @@ class Stream(msgspec.Struct, frozen=True, tag=True):
     file: int
     location: Location
     heading: Heading
-    bytes: int
+    size: int
 
 
 class Range(msgspec.Struct, frozen=True, tag=True):
@@ -45,7 +45,7 @@ class Range(msgspec.Struct, frozen=True, tag=True):
     line: int
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return self.end - self.start
 
 
@@ -56,7 +56,8 @@ class Group(msgspec.Struct, frozen=True, tag=True):
     location: Location
     group: int
     first_row: int
-    bytes: int
+    rows: int
+    size: int
     schema: str
     """Groups of one piece must have the same."""
 
@@ -71,7 +72,7 @@ class Slice(msgspec.Struct, frozen=True, tag=True):
     """Arrow IPC stream."""
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return len(self.table)
 
 
@@ -90,6 +91,8 @@ class Reading(msgspec.Struct, frozen=True):
     """All columns of the source, in its order."""
     numeric: list[str]
     """Columns that the job declares as numbers."""
+    piece_bytes: int
+    """About so much text makes a piece (`csv_read.RANGE_BYTES`)."""
     as_text: list[str] = []
     """Columns that are known to be text."""
 
@@ -114,18 +117,43 @@ class Piece:
     facts: Facts
 
 
-def grouped(parts: list[Part]) -> list[Item]:
+def grouped(parts: list[Part], piece_bytes: int) -> list[Item]:
     """Consecutive parts together as long as they are small and of one schema: many little files make few pieces."""
     items: list[list[Part]] = []
     size = 0
     for part in parts:
-        fits = items and size + part.bytes <= csv_read.RANGE_BYTES and _schema(items[-1][-1]) == _schema(part)
+        fits = items and size + part.size <= piece_bytes and _schema(items[-1][-1]) == _schema(part)
         if not fits:
             items.append([])
             size = 0
         items[-1].append(part)
-        size += part.bytes
+        size += part.size
     return [Item(index, parts) for index, parts in enumerate(items)]
+
+
+def ranges(stream: Stream, piece_bytes: int) -> list[tuple[int, int]]:
+    """Where a plain CSV file is cut: from byte, to byte."""
+    first = stream.heading.offset
+    return [(start, min(start + piece_bytes, stream.size)) for start in range(first, stream.size, piece_bytes)]
+
+
+def scan(part: Range) -> Scan:
+    """Look at a byte range without knowing what precedes it."""
+    return csv_read.scan_range(part.location.path, part.start, part.end, part.heading)
+
+
+def placed(scanned: list[tuple[Range, Scan]]) -> list[Part]:
+    """One file's ranges with the line and the state that each begins in; nothing if its quotes are irregular."""
+    result: list[Part] = []
+    in_quotes = False
+    line = scanned[0][0].heading.line if scanned else 0
+    for part, found in scanned:
+        if not found.regular[in_quotes]:
+            return []
+        result.append(msgspec.structs.replace(part, in_quotes=in_quotes, line=line))
+        line += found.line_ends
+        in_quotes ^= found.quotes % 2 == 1
+    return [] if in_quotes else result
 
 
 def read(item: Item, reading: Reading) -> Iterator[Piece]:
@@ -142,11 +170,31 @@ def read(item: Item, reading: Reading) -> Iterator[Piece]:
             tables.append(table)
             rejects += refused
             size += table.nbytes
-            if size >= csv_read.RANGE_BYTES:
+            if size >= reading.piece_bytes:
                 yield _piece(item, number, tables, rejects, reading)
                 number, size, tables, rejects = number + 1, 0, [], []
     if tables or not number:
         yield _piece(item, number, tables, rejects, reading)
+
+
+def read_head(part: Part, reading: Reading) -> tuple[Piece, float]:
+    """About `piece_bytes` from the beginning of a part as one piece, and which share of the part it is."""
+    base = part.file << LINE_BITS
+    item = Item(0, [part])
+    match part:
+        case Stream(location=location, heading=heading):
+            parsed, share = csv_read.read_head(location, heading, reading.piece_bytes)
+            both = [_from_csv(each, base, reading) for each in parsed]
+        case Group(location=location) if part.size > reading.piece_bytes:
+            rows = max(1, part.rows * reading.piece_bytes // part.size)
+            both = [
+                (numbered(arrow_read.read_some(location, part.group, reading.columns, rows), base + part.first_row), [])
+            ]
+            share = rows / part.rows
+        case _:
+            both, share = list(_tables(part, reading)), 1.0
+    rejects = [reject for _, refused in both for reject in refused]
+    return _piece(item, 0, [table for table, _ in both], rejects, reading), share
 
 
 def _piece(item: Item, number: int, tables: list[pa.Table], rejects: list[Reject], reading: Reading) -> Piece:
@@ -172,15 +220,15 @@ def _tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Rejec
     base = part.file << LINE_BITS
     match part:
         case Stream(location=location, heading=heading):
-            for parsed in csv_read.read_stream(location, heading):
+            for parsed in csv_read.read_stream(location, heading, reading.piece_bytes):
                 yield _from_csv(parsed, base, reading)
         case Range(location=location, heading=heading):
             parsed = csv_read.read_range(location.path, part.start, part.end, part.in_quotes, part.line, heading)
             yield _from_csv(parsed, base, reading)
         case Group(location=location):
-            yield _numbered(arrow_read.read_group(location, part.group, reading.columns), base + part.first_row), []
+            yield numbered(arrow_read.read_group(location, part.group, reading.columns), base + part.first_row), []
         case Slice():
-            yield _numbered(pa.ipc.open_stream(part.table).read_all(), base + part.first_row), []
+            yield numbered(pa.ipc.open_stream(part.table).read_all(), base + part.first_row), []
 
 
 def _from_csv(parsed: Parsed, base: int, reading: Reading) -> tuple[pa.Table, list[Reject]]:
@@ -189,7 +237,8 @@ def _from_csv(parsed: Parsed, base: int, reading: Reading) -> tuple[pa.Table, li
     return table.append_column(ROW_ID, pa.array(base + parsed.lines, pa.uint64())), rejects
 
 
-def _numbered(table: pa.Table, first: int) -> pa.Table:
+def numbered(table: pa.Table, first: int) -> pa.Table:
+    """The table with row ids from `first` on."""
     return table.append_column(ROW_ID, pa.array(np.arange(first, first + table.num_rows, dtype=np.uint64)))
 
 

@@ -34,8 +34,8 @@ class Source:
         return Places(self.files, self.format == "csv")
 
     @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
 
 
 def open_source(loaded: LoadedJob) -> Source:
@@ -86,7 +86,7 @@ def _from_parquet(locations: list[Location]) -> Source:
         columns = _agreed(columns, names, locations[0].name, location.name)
         row = 1
         for group, (rows, size) in enumerate(groups):
-            parts.append(Group(index, location, group, row, size, schema))
+            parts.append(Group(index, location, group, row, rows, size, schema))
             row += rows
     return Source("parquet", [location.name for location in locations], columns, parts)
 
@@ -110,7 +110,9 @@ def _agreed(columns: list[str], found: list[str], first: str, name: str) -> list
         return columns or found
     lacking = [column for column in columns if column not in found]
     further = [column for column in found if column not in columns]
-    differences = [f"without {', '.join(lacking[:10])}"] * bool(lacking) + [f"with {', '.join(further[:10])}"] * bool(further)
+    differences = [f"without {', '.join(lacking[:10])}"] * bool(lacking) + [f"with {', '.join(further[:10])}"] * bool(
+        further
+    )
     raise UserError(
         "the files of one source must have the same columns",
         where=name,

@@ -12,7 +12,7 @@ from raylway.features.signature import Input, Signature, Task
 from raylway.job.load import LoadedJob
 
 FEW_CLASSES = 20
-"""A target of whole numbers with at most so many values is a class, if there are five rows a value or just two values."""
+"""A target of at most so many whole values is a class, if there are five rows a value or just two values."""
 _MANY_TEXTS = 100
 """A column of text with more values than this, and different in more than half of the rows, is no category."""
 
@@ -33,8 +33,12 @@ class Names:
     drop: list[str]
 
     def reads(self, name: str) -> frozenset[str]:
-        """The source columns behind a column."""
+        """The source columns behind a column: itself, if it is one."""
         return _behind(name, self.derive)[0]
+
+    def derives(self, name: str) -> frozenset[str]:
+        """The derived columns that must be computed for a column: none, if it is of the source."""
+        return _behind(name, self.derive)[1]
 
 
 def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
@@ -62,7 +66,11 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
     for key in ("numeric", "categorical"):
         for name in lists[key]:
             if name in hidden:
-                why = "is the target" if name == data.target else f"gives the target {data.target!r} away: it derives from it"
+                why = (
+                    "is the target"
+                    if name == data.target
+                    else f"gives the target {data.target!r} away: it derives from it"
+                )
                 raise UserError(
                     f"the feature {name!r} {why}",
                     where=loaded.location(f"data.features.{key}"),
@@ -114,8 +122,8 @@ def choose_features(
             categorical.append(name)
         else:
             sentences.append(
-                f"column {name!r} is no feature: about {texts[name]:,} different texts in {rows:,} rows are an identifier "
-                "or free text; list it under features.categorical to use it"
+                f"column {name!r} is no feature: about {texts[name]:,} different texts in {rows:,} rows are no "
+                "categories but identifiers or free text; list it under features.categorical to use it"
             )
     if not numeric and not categorical:
         raise UserError(
@@ -124,8 +132,7 @@ def choose_features(
             found="; ".join(sentences) or f"columns: {', '.join(names.columns)}",
             fix="drop fewer columns, or list one under data.features.numeric or data.features.categorical",
         )
-    used = [name for name in (*numeric, *categorical) if name in names.derive]
-    needed = set(used).union(*(_behind(name, names.derive)[1] for name in used))
+    needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
     return Roles(numeric, categorical, derive, sentences)
 
@@ -167,9 +174,15 @@ def infer_task(asked: str, kind: str, whole: bool, values: int, rows: int) -> tu
     if asked != "auto":
         return ("regression" if asked == "regression" else "classification"), ""
     if kind in ("string", "bool"):
-        return "classification", f"the task is classification: the target is {'text' if kind == 'string' else 'true or false'}"
+        return (
+            "classification",
+            f"the task is classification: the target is {'text' if kind == 'string' else 'true or false'}",
+        )
     if whole and (values <= 2 or (values <= FEW_CLASSES and values * 5 <= rows)):
-        return "classification", f"the task is classification: the target has {values} whole values (task: regression overrides)"
+        return (
+            "classification",
+            f"the task is classification: the target has {values} whole values (task: regression overrides)",
+        )
     return "regression", "the task is regression: the target is a number"
 
 

@@ -11,35 +11,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-_LANES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
+_STEPS = np.array([[0x9E3779B97F4A7C15], [0xD1B54A32D192ED03]], np.uint64)
+"""Of the two lanes: what keeps them apart although both see the same numbers."""
 
 
-def hash_rows(table: pa.Table) -> np.ndarray:
+def hash_rows(table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Hash every row over all columns, taken in the order of their names.
 
     Args:
         table: N rows of `features.schema.COLUMN_TYPES`.
 
     Returns:
-        uint64 [N, 2].
+        uint64 [N, 2]; and of each column of text the 64-bit hashes of its different values.
     """
-    lanes = [np.full(table.num_rows, lane, np.uint64) for lane in _LANES]
+    texts: dict[str, np.ndarray] = {}
+    lanes = np.zeros((2, table.num_rows), np.uint64)
     absent = np.zeros(table.num_rows, np.uint64)
     for index, name in enumerate(sorted(table.column_names)):
         column = table[name].combine_chunks()
-        words = _words(column)
+        if pa.types.is_string(column.type):
+            words, texts[name] = _text_words(column)
+        else:
+            words = _number_words(column)
+        _add(lanes, words)
         if column.null_count:
             missing = pc.is_null(column).to_numpy(zero_copy_only=False)
             absent |= missing.astype(np.uint64) << np.uint64(index % 64)
-        for lane, step, word in zip(lanes, _LANES, words, strict=True):
-            lane += step
-            lane ^= word
-            mix(lane)
         if index % 64 == 63:
             _add(lanes, absent)
             absent[:] = 0
     _add(lanes, absent)
-    return np.stack(lanes, axis=1)
+    return np.ascontiguousarray(lanes.T), texts
 
 
 def mix(words: np.ndarray) -> np.ndarray:
@@ -52,26 +54,27 @@ def mix(words: np.ndarray) -> np.ndarray:
     return words
 
 
-def _add(lanes: list[np.ndarray], words: np.ndarray) -> None:
-    for lane, step in zip(lanes, _LANES, strict=True):
-        lane += step
-        lane ^= words
-        mix(lane)
+def _add(lanes: np.ndarray, words: np.ndarray) -> None:
+    """Take one more word a row into both lanes: [N], or [2, N]."""
+    lanes += _STEPS
+    lanes ^= words
+    mix(lanes)
 
 
-def _words(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Both lanes' 64 bits of each value; missing is 0."""
-    if pa.types.is_string(column.type):
-        encoded = column.dictionary_encode()
-        digests = [xxhash.xxh3_128_intdigest(text) for text in encoded.dictionary.to_pylist()]
-        halves = np.array([(digest & (2**64 - 1), digest >> 64) for digest in digests] or [(0, 0)], np.uint64)
-        halves = np.concatenate([halves, np.zeros((1, 2), np.uint64)])
-        codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-        return halves[codes, 0], halves[codes, 1]
+def _text_words(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [2, N]: both halves of each text's hash, 0 for a missing one; and the first half for the distinct texts."""
+    encoded = column.dictionary_encode()
+    digests = [xxhash.xxh3_128_intdigest(text) for text in encoded.dictionary.cast(pa.binary()).to_pylist()]
+    halves = np.array([(digest & (2**64 - 1), digest >> 64) for digest in digests] + [(0, 0)], np.uint64).T
+    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    return halves[:, codes], halves[0, :-1]
+
+
+def _number_words(column: pa.Array) -> np.ndarray:
+    """uint64 [N]: the 8 bytes of each number; 0 for a missing one."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int64())
     values = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
     if values.dtype == np.float64:
         values = values + 0.0  # -0.0 becomes 0.0: they are equal
-    words = values.view(np.uint64)
-    return words, words
+    return values.view(np.uint64)

@@ -86,8 +86,10 @@ def answers(prepared: Prepared, bundle: Path, block_rows: int, stage: Stage) -> 
         RunFailed: As in `evaluate`.
     """
     expected = prepared.manifest.account.test
+    if len(prepared.rows("test")) != expected:
+        raise RunFailed(f"{prepared.folder}: the test shards do not hold the {expected:,} rows of the account")
     blocks = [
-        {"start": start, "stop": min(start + block_rows, expected)} for start in range(0, expected, max(1, block_rows))
+        {"start": start, "stop": min(start + block_rows, expected)} for start in range(0, expected, block_rows)
     ]
     parts = [_no_rows(prepared.manifest)]
     try:
@@ -171,7 +173,8 @@ def _check_rows(row_id: np.ndarray, expected: int) -> None:
 
 
 def _check_finite(found: Answers, manifest: Manifest) -> None:
-    bad = ~np.isfinite(found.output.reshape(len(found.row_id), -1)).all(axis=1)
+    finite = np.isfinite(found.output)
+    bad = ~(finite if finite.ndim == 1 else finite.all(axis=1))
     if bad.any():
         row_id = int(found.row_id[bad.argmax()])
         where = f"{manifest.files[row_id >> LINE_BITS]}:{row_id & (1 << LINE_BITS) - 1}"

@@ -54,7 +54,7 @@ def regression(target: np.ndarray, values: np.ndarray) -> Scores:
     """
     if not len(target):
         return _of_no_rows(REGRESSION)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         computed = {
             "rmse": float(sk.root_mean_squared_error(target, values)),
             "mae": float(sk.mean_absolute_error(target, values)),

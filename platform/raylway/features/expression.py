@@ -121,7 +121,10 @@ class Expression:
         raise self._error(f"holds {ast.unparse(node)!r}, which is not allowed")
 
     def _number(self, node: ast.expr, table: pa.Table) -> Any:
-        return pc.cast(self._value(node, table), pa.float64())
+        value = self._value(node, table)
+        if pa.types.is_string(value.type):  # Arrow would read numbers out of text, as long as every row holds one
+            raise pa.ArrowTypeError("text is no number")
+        return pc.cast(value, pa.float64())
 
     def _error(self, what: str) -> UserError:
         return UserError(

@@ -74,7 +74,7 @@ class Rows:
     Args:
         folder: The prepared folder.
         shards: Shards of one split, in order.
-        verify: Read every byte once and compare checksums.
+        verify: Compare a shard's checksum when rows of it are first taken.
 
     Raises:
         RunFailed: A shard is missing or damaged.
@@ -82,7 +82,8 @@ class Rows:
 
     def __init__(self, folder: Path, shards: list[Shard], verify: bool = False) -> None:
         for shard in shards:
-            _check(folder / shard.file, shard, verify)
+            _check_size(folder / shard.file, shard)
+        self._unverified = {index: (folder / shard.file, shard) for index, shard in enumerate(shards)} if verify else {}
         tables = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all() for shard in shards]
         self._numeric = [_matrix(table["numeric"], np.float32) for table in tables]
         self._categorical = [_matrix(table["categorical"], np.int32) for table in tables]
@@ -98,13 +99,23 @@ class Rows:
 
         Returns:
             numeric float32 [n, D], categorical int32 [n, C], target [n], row_id uint64 [n].
+
+        Raises:
+            RunFailed: A shard that is read for the first time is damaged.
         """
+        if self._unverified:
+            self._verify(positions)
         return (
             self._gather(self._numeric, positions),
             self._gather(self._categorical, positions),
             self._gather(self._target, positions),
             self._gather(self._row_id, positions),
         )
+
+    def _verify(self, positions: np.ndarray) -> None:
+        for index in np.unique(np.searchsorted(self._starts, positions, side="right") - 1):
+            if (found := self._unverified.pop(int(index), None)) is not None:
+                _check_content(*found)
 
     def _gather(self, parts: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
         if len(parts) == 1:
@@ -152,7 +163,11 @@ def _matrix(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     return array.flatten().to_numpy().astype(dtype, copy=False).reshape(len(array), array.type.list_size)
 
 
-def _check(path: Path, shard: Shard, verify: bool) -> None:
-    size = path.stat().st_size if path.exists() else -1
-    if size != shard.bytes or (verify and storage.checksum(path) != shard.checksum):
+def _check_size(path: Path, shard: Shard) -> None:
+    if (path.stat().st_size if path.exists() else -1) != shard.bytes:
         raise RunFailed(f"{path}: the shard is missing or damaged; remove {path.parent} and run the job again")
+
+
+def _check_content(path: Path, shard: Shard) -> None:
+    if storage.checksum(path) != shard.checksum:
+        raise RunFailed(f"{path}: the shard is damaged; remove {path.parent} and run the job again")

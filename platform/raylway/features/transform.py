@@ -106,7 +106,7 @@ class CategoricalFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     categories: list[str]
     """The category of code i + 1."""
     most_frequent: str
-    """Stands in for a missing cell."""
+    """Stands in for a missing cell; empty where training rows had none, which is the unknown."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -208,11 +208,16 @@ def fit(statistics: Statistics, derive: dict[str, str], target: Target) -> Trans
             for name, part in statistics.numeric.items()
         ],
         categorical=[
-            CategoricalFeature(name, sorted_names(set(counts)), min(counts, key=lambda text: (-counts[text], text)))
+            CategoricalFeature(name, sorted_names(set(counts)), _most_frequent(counts))
             for name, counts in statistics.categorical.items()
         ],
         target=target,
     )
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    """The first in code point order of those that stand most often."""
+    return min(counts, key=lambda text: (-counts[text], text), default="")
 
 
 def _counts(texts: pa.Array) -> Counter[str]:

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import raylway
 from raylway.errors import RunFailed, UserError
 from raylway.job.load import load_job
-from raylway.launch import auth
+from raylway.launch import auth, worker_setup
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -152,7 +151,8 @@ class _Follower:
             _say(f"{self._id} was stopped")
             return 1
         # Ray puts the log's end into the message; it has just been printed.
-        _say(f"{self._id} failed: {(info.message or 'no reason given').splitlines()[0]}")
+        reason = (info.message or "no reason given").split(", last available logs")[0]
+        _say(f"{self._id} failed: {reason.splitlines()[0]}")
         return info.driver_exit_code or 1
 
 
@@ -194,12 +194,9 @@ def _connect(url: str) -> JobSubmissionClient:
 
 def _runtime_env(here: Path) -> dict[str, Any]:
     """What `cluster/runtime-env.yaml` says, from wherever this package is imported."""
-    library = Path(raylway.__file__).parent
-    import serve_app
-
     return {
         "working_dir": str(here),
-        "py_modules": [str(library), str(Path(str(serve_app.__file__)).parent)],
+        "py_modules": worker_setup.packages(),
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
     }
 

@@ -8,6 +8,7 @@ the environment of `ray start` has decided which of the two it is.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,39 +93,39 @@ def served(bundle: Path, options: Serve, host: str, port: int, reporter: Reporte
     record = contents.load(bundle).record
     if not os.environ.get("RAY_ADDRESS"):
         _require_free(host, port)
-    with _proxy_settings(reporter), start.connect(reporter):
-        from ray import serve as ray_serve
-
-        from serve_app.app import build
-
-        arguments = {
-            "bundle": str(bundle),
-            "min_replicas": options.replicas.min,
-            "max_replicas": options.replicas.max,
-            "max_batch": options.max_batch,
-        }
-        name = record.name
-        try:
-            with reporter.stage("serve") as stage:
-                ray_serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-                _run(build(arguments), name)
-                url = _wait_until_ready()
-                stage.finish(f"{name} {record.version} at {url} through {_proxy(url)}; {url}/docs shows how to ask")
-            yield url
-        finally:
-            if os.environ.get("RAY_ADDRESS"):
-                ray_serve.delete(name)  # the cluster's Serve may hold other people's applications
-            else:
-                ray_serve.shutdown()
+    with _proxy_settings(reporter), start.connect(reporter), ExitStack() as stack:
+        with reporter.stage("serve") as stage:
+            url = stack.enter_context(_deployed(bundle, record.name, options, {"host": host, "port": port}))
+            shown = f"{record.name} {record.version} at {url} through {_proxy(url)}; {url}/docs shows how to ask"
+            stage.finish(shown)
+        yield url
 
 
-def _run(application: Any, name: str) -> None:
+@contextmanager
+def _deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
+    """Run the application in the connected Ray while the body runs; yields its address once it answers."""
     from ray import serve as ray_serve
 
+    from serve_app.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray_serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    arguments = {
+        "bundle": str(bundle),
+        "min_replicas": options.replicas.min,
+        "max_replicas": options.replicas.max,
+        "max_batch": options.max_batch,
+    }
     try:
-        ray_serve.run(application, name=name, route_prefix="/")
-    except RuntimeError as error:
-        raise RunFailed(f"the model does not start: {error}") from None
+        try:
+            ray_serve.run(build(arguments), name=name, route_prefix="/")
+        except RuntimeError as error:
+            raise RunFailed(f"the model does not start: {error}") from None
+        yield _wait_until_ready()
+    finally:
+        # Waits for requests that are being answered. A cluster's Serve may hold other people's applications, and an
+        # embedded one goes with its Ray.
+        ray_serve.delete(name)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from raylway.errors import UserError
-from raylway.launch import auth, network
+from raylway.launch import auth, worker_setup
 from raylway.launch.capacity import Capacity, capacity
 from raylway.runs.progress import Reporter
 
@@ -34,6 +35,7 @@ _REACH_TIMEOUT_S = 5
 _FOLDERS = Path("/tmp")
 _PREFIX = "raylway-"
 _LOCK = ".lock"
+_JUST_MADE_S = 10
 _HEAVY_IMPORTS = ("torch", "pandas")
 """What the stages after the start need in this process: 2 to 3 s of imports, done while Ray's processes come up."""
 
@@ -64,7 +66,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Ca
 
     Args:
         reporter: Where progress goes, and what user code prints in workers.
-        import_paths: Folders of the user's own modules, for the workers of an embedded Ray.
+        import_paths: Folders of the user's own modules, for the workers.
 
     Yields:
         What the cluster has.
@@ -81,7 +83,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Ca
         try:
             with reporter.stage("ray") as stage:
                 if address:
-                    _join(address)
+                    _join(address, import_paths)
                 else:
                     _start(folder, import_paths)
                 have = capacity(joined=bool(address))
@@ -111,7 +113,7 @@ def _start(folder: Path, import_paths: Sequence[str]) -> None:
         )
 
 
-def _join(address: str) -> None:
+def _join(address: str, import_paths: Sequence[str]) -> None:
     if "://" in address:
         raise UserError(
             "a job can't be driven over this address",
@@ -125,20 +127,20 @@ def _join(address: str) -> None:
         _require_reachable(address)
     _set({**_SETTINGS, **_CLUSTER_SETTINGS})
     ray = _import_ray()
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         if address != "auto":
-            # Ray itself would try for 20 s and then hide the reason.
+            # Ray itself would try for 20 s and then hide that it was the token.
             ray._raylet.GcsClient(address=address)
         ray.init(
             address=address,
             logging_level=logging.ERROR,
-            runtime_env={"worker_process_setup_hook": network.HOOK},
+            runtime_env=worker_setup.runtime_env(import_paths),
         )
     except AuthenticationError:
         raise auth.wrong_token(address) if auth.has_token() else auth.no_token(address) from None
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         raise _unreachable(address, str(error).splitlines()[0]) from error
 
 
@@ -191,10 +193,11 @@ def _temporary_folder(reporter: Reporter) -> Iterator[Path]:
     After an error that is not the user's its logs stay until the next start. A lock that dies with the process tells
     a folder that was left behind (SIGKILL) from one in use. Sockets need a short path, so it is in /tmp.
     """
-    for folder in _FOLDERS.glob(f"{_PREFIX}*"):
-        with suppress(OSError), (folder / _LOCK).open("w") as lock:
+    for lock_file in _FOLDERS.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), lock_file.open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            if time.time() - lock_file.stat().st_mtime > _JUST_MADE_S:  # else another start is about to lock it
+                shutil.rmtree(lock_file.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
     with (folder / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

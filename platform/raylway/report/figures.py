@@ -63,9 +63,9 @@ def learning(history: History, best_step: int | None) -> list[Figure]:
         described = f"From {figure(rate[0])} over {figure(rate.max())} at most to {figure(rate[-1])} at the end."
         axes = _STEPS, Axis("learning rate", low=0.0)
         figures.append(chart("Learning rate", described, [Series("", at, rate, colour=3)], axes, described))
-    if "norm" in history.steps:
-        at, norm = curves.thinned(*history.steps["norm"])
-        described = f"Before clipping; {figure(float(np.median(history.steps['norm'][1])))} at the median."
+    if "grad_norm" in history.steps:
+        at, norm = curves.thinned(*history.steps["grad_norm"])
+        described = f"Before clipping; {figure(float(np.median(history.steps['grad_norm'][1])))} at the median."
         axes = _STEPS, Axis("norm of the gradient", low=0.0, high=float(np.quantile(norm, 0.995)) or None)
         series = [Series("", at, norm, "faint", 4), Series("", at, curves.smoothed(norm), "line", 4)]
         figures.append(chart("Gradient norm", described, series, axes, described))

@@ -51,7 +51,7 @@ def write(run: Run, prepared: Prepared) -> Path:
             job=run.job.read_text(encoding="utf-8") if run.job.exists() else "",
             account=manifest.account,
             balance=_balance(manifest),
-            profile=_profile(prepared.folder / "profile.json"),
+            columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
             training=training,
             learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
@@ -142,8 +142,22 @@ def _balance(manifest: Manifest) -> dict[str, Any]:
     return {"rows": rows[:_MOST_LISTED], "more": max(0, len(rows) - _MOST_LISTED)}
 
 
-def _profile(path: Path) -> list[dict[str, Any]]:
-    return msgspec.json.decode(path.read_bytes())["columns"] if path.exists() else []
+def _columns(prepared: Prepared) -> list[dict[str, Any]]:
+    """Each column as it was found, and what the training rows taught the transform about it."""
+    path = prepared.folder / "profile.json"
+    if not path.exists():
+        return []
+    transform = prepared.manifest.transform
+    learnt = {
+        each.name: f"{each.minimum:.6g} to {each.maximum:.6g}, mean {each.mean:.4g} ± {each.spread:.4g}"
+        for each in transform.numeric
+    }
+    learnt |= {
+        each.name: f"{len(each.categories):,} categories, most often {each.most_frequent}"
+        for each in transform.categorical
+    }
+    columns = msgspec.json.decode(path.read_bytes())["columns"]
+    return [{**column, "learnt": learnt.get(column["name"], "")} for column in columns]
 
 
 def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:

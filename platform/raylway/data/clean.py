@@ -1,0 +1,176 @@
+"""One piece's rows against the rules: which are invalid, which miss a cell, and a hash of each that is left."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylway.data import columns
+from raylway.data.csv_read import Reject
+from raylway.data.items import ROW_ID, Piece
+from raylway.data.roles import FEW_CLASSES
+from raylway.data.rowhash import hash_rows
+from raylway.features.schema import canonical_text
+from raylway.features.transform import derived
+
+SKETCH = 4096
+"""Different texts of a column are counted exactly up to so many; beyond, within about 2% (`distinct`)."""
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """What all pieces are held to."""
+
+    types: dict[str, str]
+    """Decided type by source column."""
+    derive: dict[str, str]
+    """All derived columns, in order."""
+    target: str
+    target_sources: list[str]
+    """Source columns that the target is or derives from."""
+    unused: list[str]
+    """Derived columns whose missing values do not matter."""
+    drop_missing: bool
+    infinite_is_missing: bool
+    classes: Literal["all", "few", "none"]
+    """Whether to name the target's values: always, only if they are few, or never."""
+
+
+class Assessed(msgspec.Struct, frozen=True):
+    """What became of one piece's rows. Row arrays are in the piece's order."""
+
+    item: int
+    number: int
+    rows: int
+    read: int
+    usable: bytes
+    """uint8 [rows]: neither invalid nor missing a cell that matters."""
+    rejects: list[Reject]
+    missing: int
+    missing_by: dict[str, int]
+    """Empty cells by column, in rows that are not invalid."""
+    hashes: bytes
+    """uint64 [usable rows, 2]."""
+    codes: bytes
+    """int32 [usable rows]: index into `values`; nothing if the target's values are not named."""
+    values: list[str]
+    """Canonical texts of the target's different values."""
+    whole: bool
+    """Whether a numeric target has whole values only."""
+    derived_types: dict[str, str]
+    texts: dict[str, bytes]
+    """By column of text: uint64, the smallest hashes of its different values (`SKETCH` of them at most)."""
+
+
+def assess(piece: Piece, rules: Rules) -> Assessed:
+    """Hold the rows of a piece to the rules.
+
+    Raises:
+        UserError: A derived column's expression does not fit its columns.
+    """
+    table, rejects = _typed(piece, rules)
+    valid = np.ones(table.num_rows, bool)
+    if rejects:
+        ids = piece.table[ROW_ID].combine_chunks().to_numpy()
+        valid = ~np.isin(ids, np.array([reject.row_id for reject in rejects], np.uint64))
+    full = derived(table, rules.derive)
+    empty = {name: pc.is_null(full[name]).to_numpy() & valid for name in full.column_names if full[name].null_count}
+    counts = {name: int(mask.sum()) for name, mask in empty.items()}
+    missing = np.zeros(table.num_rows, bool)
+    for name, mask in empty.items():
+        matters = name == rules.target or name in rules.target_sources
+        if matters or (rules.drop_missing and name not in rules.unused):
+            missing |= mask
+    usable = valid & ~missing
+    hashes, texts = hash_rows(table.filter(pa.array(usable)))
+    values, codes, whole = _values(full[rules.target].filter(pa.array(usable)), rules)
+    return Assessed(
+        item=piece.facts.item,
+        number=piece.facts.number,
+        rows=table.num_rows,
+        read=piece.facts.read,
+        usable=usable.tobytes(),
+        rejects=sorted([*piece.facts.rejects, *rejects], key=lambda reject: reject.row_id),
+        missing=int((valid & missing).sum()),
+        missing_by={name: count for name, count in counts.items() if count},
+        hashes=hashes.tobytes(),
+        codes=codes.tobytes(),
+        values=values,
+        whole=whole,
+        derived_types={name: type_name(full.schema.field(name).type) for name in rules.derive},
+        texts={name: np.unique(words)[:SKETCH].tobytes() for name, words in texts.items()},
+    )
+
+
+def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -> pa.Table:
+    """Some rows of a piece in their decided types, over the source columns in `names`.
+
+    Args:
+        piece: The piece.
+        rows: Positions, all usable.
+        names: Source columns.
+        rules: As `assess` was given.
+    """
+    taken = piece.table.select([*names, ROW_ID]).take(pa.array(rows))
+    arrays = {
+        name: columns.final(taken[name].combine_chunks(), rules.types[name], rules.infinite_is_missing)[0]
+        for name in names
+    }
+    return pa.table({**arrays, ROW_ID: taken[ROW_ID]})
+
+
+def distinct(sketches: list[np.ndarray]) -> int:
+    """How many different values the parts of a column have together (k minimum values; Bar-Yossef and others 2002)."""
+    smallest = np.unique(np.concatenate(sketches))[:SKETCH] if sketches else np.zeros(0, np.uint64)
+    if len(smallest) < SKETCH:
+        return len(smallest)
+    return int((SKETCH - 1) * 2.0**64 / float(smallest[-1]))
+
+
+def type_name(kind: pa.DataType) -> str:
+    """int64, float64, bool or string."""
+    return "float64" if pa.types.is_floating(kind) else str(kind)
+
+
+def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
+    """The piece's source columns in their decided types, and its rows with a cell that has no place in one."""
+    arrays: dict[str, pa.Array] = {}
+    first: dict[int, str] = {}
+    for name, wanted in rules.types.items():
+        stored = piece.table[name].combine_chunks()
+        arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing)
+        if invalid is not None:
+            for row in np.flatnonzero(invalid):
+                first.setdefault(int(row), name)
+    rejects = [
+        Reject(
+            piece.table[ROW_ID][row].as_py(),
+            name,
+            f"{'no whole number' if rules.types[name] == 'int64' else 'no number'}",
+            piece.table[name][row].as_py(),
+        )
+        for row, name in first.items()
+    ]
+    return pa.table(arrays), rejects
+
+
+def _values(target: pa.ChunkedArray, rules: Rules) -> tuple[list[str], np.ndarray, bool]:
+    """The target's different values by name, the code of each row, and whether all are whole numbers."""
+    nothing = np.zeros(0, np.int32)
+    column = target.combine_chunks()
+    whole = False
+    if pa.types.is_floating(column.type):
+        numbers = column.to_numpy(zero_copy_only=False)
+        whole = bool((numbers == np.trunc(numbers)).all())
+    elif pa.types.is_integer(column.type):
+        whole = True
+    if rules.classes == "none":
+        return [], nothing, whole
+    encoded = column.dictionary_encode()
+    if rules.classes == "few" and len(encoded.dictionary) > FEW_CLASSES:
+        return [], nothing, whole
+    values = canonical_text(encoded.dictionary).to_pylist()
+    return values, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32), whole

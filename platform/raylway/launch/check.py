@@ -1,0 +1,133 @@
+"""What a job comes to before anything starts: every inferred and derived value, without Ray and torch.
+
+`raylway check` prints it, and `raylway run` makes the same checks first, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from raylway.data import sources
+from raylway.data.sources import Sample
+from raylway.errors import UserError
+from raylway.job.load import LoadedJob
+from raylway.launch.capacity import Capacity, Node
+from raylway.models import registry
+from raylway.train.plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `check` found: the data as its first rows show it, and the plan that follows."""
+
+    loaded: LoadedJob
+    sample: Sample
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines: `job`, `data` and `plan`."""
+        return {
+            "job": self.loaded.job.model_dump(mode="json", by_alias=True),
+            "data": msgspec.to_builtins(self.sample),
+            "plan": msgspec.to_builtins(self.plan),
+        }
+
+    def as_text(self) -> str:
+        """For people."""
+        return "\n".join([*self._data(), "", *self._model(), "", *self._training(), "", *self._serving()])
+
+    def _data(self) -> Iterator[str]:
+        data = self.sample
+        about = "" if data.exact else "about "
+        width = max(len(column.name) for column in data.columns)
+        yield f"data        {data.files} file(s), {about}{data.rows:,} usable rows; looked at {data.rows_read:,}"
+        for column in data.columns:
+            missing = f", {column.missing:,} missing" if column.missing else ""
+            described = f"{column.type:<8} {column.role:<12} {column.distinct:,} different{missing}"
+            yield f"  {column.name:<{width}}  {described}"
+        for decision in data.decisions:
+            yield f"  {decision}"
+        yield f"task        {data.task} of {data.target!r}" + (f": {', '.join(data.classes)}" if data.classes else "")
+        yield f"split       {about}{data.train:,} training, {data.validation:,} validation, {data.test:,} test"
+
+    def _model(self) -> Iterator[str]:
+        model = self.loaded.job.model
+        inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical features"
+        shape = f"hidden {model.hidden}, dropout {model.dropout:g}" if model.kind == "mlp" else f"args {model.args}"
+        yield f"model       {model.kind} ({shape}) over {inputs}"
+
+    def _training(self) -> Iterator[str]:
+        found, job = self.plan, self.loaded.job.train
+        size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
+        yield f"workers     {found.workers} with {size} each, {found.precision}"
+        yield (
+            f"step        global batch {found.global_batch:,} = {found.workers} workers x {found.accumulation} "
+            f"microbatches of at most {found.microbatch:,} rows"
+        )
+        yield f"length      {found.total_steps:,} steps = {found.epochs:g} epochs of {found.steps_per_epoch:,} steps"
+        yield (
+            f"optimizer   {job.optimizer.kind}, lr {job.optimizer.lr:g}, {job.schedule.kind} schedule"
+            f" with {found.warmup_steps} steps of warm-up, clip {job.clip}"
+        )
+        patience = f", stop after {job.validation.patience} without a better one" if job.validation.patience else ""
+        every = f"{found.validate_every_steps:,} steps" if found.validate_every_steps else "never (no validation rows)"
+        yield f"validation  every {every}, best by {job.validation.best}{patience}"
+        often = f"{found.checkpoint_every_steps:,} steps" if found.checkpoint_every_steps else job.checkpoint.every
+        yield f"checkpoint  every {often}, the newest {job.checkpoint.keep} and the best are kept"
+
+    def _serving(self) -> Iterator[str]:
+        serve = self.loaded.job.serve
+        yield f"serving     {serve.replicas.min} to {serve.replicas.max} replicas, up to {serve.max_batch} rows a batch"
+
+
+def check(loaded: LoadedJob) -> Findings:
+    """Look at a job's data, model and workers without starting anything.
+
+    Against a cluster (`RAY_ADDRESS`) the number of workers can't be judged here; `run` does it once connected.
+
+    Raises:
+        UserError: Whatever is wrong and can be seen from here.
+    """
+    with located(loaded):
+        registry.source(loaded.job.model.kind)
+        sample = sources.sample(loaded)
+        machine = _machine()
+        found = plan(
+            loaded.job,
+            sample.task,
+            sample.train,
+            sample.validation,
+            len(sample.numeric),
+            len(sample.categorical),
+            machine.gpus if machine else 0,
+        )
+        if machine:
+            machine.refuse_impossible(found.workers, found.cpus_per_worker, found.gpus_per_worker)
+    return Findings(loaded, sample, found)
+
+
+@contextmanager
+def located(loaded: LoadedJob) -> Iterator[None]:
+    """Give an error that names a key of the job file its file and line too."""
+    try:
+        yield
+    except UserError as error:
+        if not error.where.startswith(("data.", "model.", "train.", "serve.")):
+            raise
+        place = loaded.location(error.where)
+        raise UserError(error.what, place, error.expected, error.found, error.fix) from None
+
+
+def _machine() -> Capacity | None:
+    """What an embedded Ray would have; None when the job will run on a cluster, which can't be known from here."""
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return None
+    cpus, gpus = len(os.sched_getaffinity(0)), len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return Capacity([Node("this machine", cpus, gpus)])

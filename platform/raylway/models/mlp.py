@@ -1,0 +1,61 @@
+"""The network of the article, for any number of inputs: Linear, ReLU and dropout, again and again, then Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+_WIDEST_EMBEDDING = 50
+
+
+class Mlp(nn.Module):
+    """A multi-layer perceptron over standardised numbers and embedded categories.
+
+    With numbers only and `hidden=[512, 256]` it is the article's BigModel.
+
+    Args:
+        num_numeric: D, numeric features.
+        category_counts: Known categories of each of the C categorical features; code 0 is the unknown one.
+        num_outputs: K, outputs: one for each class, or one.
+        hidden: Widths of the hidden layers.
+        dropout: Share of hidden units dropped in training.
+    """
+
+    def __init__(
+        self,
+        num_numeric: int,
+        category_counts: Sequence[int],
+        num_outputs: int,
+        hidden: Sequence[int],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        # The unknown category has the vector 0: training never shows it, so nothing can be learned for it.
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(count + 1, embedding_width(count), padding_idx=0) for count in category_counts
+        )
+        width = num_numeric + sum(embedding_width(count) for count in category_counts)
+        layers: list[nn.Module] = []
+        for next_width in hidden:
+            layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(dropout)]
+            width = next_width
+        self.layers = nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            numeric: float32 [N, D]
+            categorical: int64 [N, C]
+
+        Returns:
+            float32 [N, K]
+        """
+        embedded = [embedding(categorical[:, index]) for index, embedding in enumerate(self.embeddings)]
+        return self.layers(torch.cat([numeric, *embedded], dim=1))
+
+
+def embedding_width(count: int) -> int:
+    """Of a feature with so many categories: fastai's rule (`fastai.tabular.model.emb_sz_rule`), found by trial."""
+    return max(1, min(_WIDEST_EMBEDDING, round(1.6 * count**0.56)))

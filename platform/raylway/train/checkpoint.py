@@ -1,0 +1,358 @@
+"""Checkpoints: folders that count only when their manifest, written last, is there and every file matches it.
+
+    step-00001200-a007/                      a007: the attempt that wrote it
+        shard-00001-model-00001-of-00001.safetensors   one from each rank that has something to write
+        state.json                           counters, optimizer settings, scaler
+        manifest.json                        files with sizes, checksums and tensors; written last
+
+Only files that the manifest names are ever read, after their checksums were compared, and none is a pickle. An attempt
+never writes into the folder of another, so what a dead one left behind can't mix with what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from raylway import storage
+from raylway.errors import RunFailed, UserError
+from raylway.train.strategy import Groups
+from raylway.train.validate import Best
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+MODEL, OPTIMIZER = "model.", "optim."
+_NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
+
+
+class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far training is. The step is the whole state of the data."""
+
+    step: int = 0
+    """Steps made, the skipped ones included."""
+    updates: int = 0
+    """Steps that changed the weights; the schedule counts these."""
+    skipped_in_a_row: int = 0
+    best: Best = Best()
+    best_checkpoint: str = ""
+    """The folder of the best validation's weights; empty before the first."""
+    stopped_early: bool = False
+
+    @property
+    def skipped(self) -> int:
+        return self.step - self.updates
+
+    def after_step(self, updated: bool) -> Progress:
+        return msgspec.structs.replace(
+            self,
+            step=self.step + 1,
+            updates=self.updates + updated,
+            skipped_in_a_row=0 if updated else self.skipped_in_a_row + 1,
+        )
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All of training that is not a tensor: `state.json`."""
+
+    progress: Progress
+    microbatch: int
+    workers: int
+    metrics_bytes: int
+    """Length of metrics.jsonl at this step."""
+    scaler: dict[str, Any]
+    optimizer: list[dict[str, Any]]
+    """The optimizer's groups, without their parameters."""
+
+
+class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor, or the part of one that this file holds."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offsets: list[int]
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    bytes: int
+    checksum: str
+    chunks: list[Chunk] = []
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    step: int
+    attempt: int
+    files: list[File]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def state(self) -> State:
+        return storage.read_record(self.folder / STATE, State)
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Every tensor whose name starts with the prefix, by the rest of its name, whole, on the CPU."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.Tensor] = {}
+        shapes = self._shapes(prefix)
+        for file in self.manifest.files:
+            chunks = [chunk for chunk in file.chunks if chunk.name.startswith(prefix)]
+            if not chunks:
+                continue
+            with safe_open(self.folder / file.name, framework="pt") as opened:
+                for chunk in chunks:
+                    part = opened.get_tensor(chunk.name)
+                    name = chunk.name.removeprefix(prefix)
+                    whole = found.setdefault(name, torch.empty(shapes[chunk.name], dtype=part.dtype))
+                    place = [slice(at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True)]
+                    whole[tuple(place)] = part
+        return found
+
+    def _shapes(self, prefix: str) -> dict[str, list[int]]:
+        shapes: dict[str, list[int]] = {}
+        for chunk in (chunk for file in self.manifest.files for chunk in file.chunks if chunk.name.startswith(prefix)):
+            ends = [at + size for at, size in zip(chunk.offsets, chunk.shape, strict=True)]
+            shapes[chunk.name] = [max(pair) for pair in zip(ends, shapes.get(chunk.name, ends), strict=True)]
+        return shapes
+
+
+def name(step: int, attempt: int) -> str:
+    return f"step-{step:08d}-a{attempt:03d}"
+
+
+def opened(folder: Path) -> Checkpoint:
+    """A checkpoint after every file of it was compared with the manifest.
+
+    Raises:
+        RunFailed: It is not whole; the message says what is wrong with it.
+    """
+    if not (folder / MANIFEST).exists():
+        raise RunFailed(f"{folder}: not finished, or removed")
+    try:
+        manifest = storage.read_record(folder / MANIFEST, Manifest)
+    except UserError as error:
+        raise RunFailed(f"{folder / MANIFEST}: {error.what}: {error.found}") from None
+    if manifest.format != FORMAT:
+        raise RunFailed(f"{folder}: has format {manifest.format}; this version reads format {FORMAT}")
+    for file in manifest.files:
+        path = folder / file.name
+        size = path.stat().st_size if path.exists() else None
+        if size != file.bytes:
+            raise RunFailed(f"{path}: expected {file.bytes} bytes, found {'no file' if size is None else size}")
+        if storage.checksum(path) != file.checksum:
+            raise RunFailed(f"{path}: its content does not match its checksum")
+    return Checkpoint(folder, manifest)
+
+
+def newest(folder: Path, broken: dict[str, str]) -> Checkpoint | None:
+    """The whole checkpoint with the highest step, then attempt; None when there is none.
+
+    Args:
+        folder: The run's `checkpoints`.
+        broken: Filled with the folders that were passed over because they are not whole, and why.
+    """
+    for found in reversed(_candidates(folder)):
+        try:
+            return opened(found)
+        except RunFailed as error:
+            broken[found.name] = str(error)
+    return None
+
+
+def load_model(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's weights of one checkpoint, by parameter and buffer name, on the CPU.
+
+    Raises:
+        RunFailed: The checkpoint is not whole.
+    """
+    return opened(folder).tensors(MODEL)
+
+
+def last_attempt(folder: Path) -> int:
+    """The highest attempt that left a folder, whole or not; 0 for none."""
+    return max((_key(path)[1] for path in _candidates(folder)), default=0)
+
+
+def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: `model.<name>` and `optim.<parameter>.<entry>`."""
+    tensors = {MODEL + key: tensor for key, tensor in module.state_dict().items()}
+    for parameter_name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{OPTIMIZER}{parameter_name}.{key}"] = value
+    return tensors
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's groups without their parameters, as JSON holds them."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state where training left them.
+
+    Raises:
+        UserError: The checkpoint is of another model.
+    """
+    weights = found.tensors(MODEL)
+    here = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    if here != {key: tensor.shape for key, tensor in weights.items()}:
+        differ = sorted(key for key in here.keys() | weights.keys() if key not in here or key not in weights)
+        raise UserError(
+            "the checkpoint is of another model",
+            where=str(found.folder),
+            expected="the same parameters with the same shapes",
+            found=f"differences in {', '.join(differ) or 'shapes'}",
+            fix="remove the run's folder to train the changed model from the start",
+        )
+    module.load_state_dict(weights)
+    names = {parameter: key for key, parameter in module.named_parameters()}
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in found.tensors(OPTIMIZER).items():
+        parameter_name, _, entry = key.rpartition(".")
+        entries.setdefault(parameter_name, {})[entry] = tensor
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {parameter: place for place, parameter in enumerate(order)}
+    groups = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        | {"params": [index[parameter] for parameter in group["params"]]}
+        for settings, group in zip(found.state.optimizer, optimizer.param_groups, strict=True)
+    ]
+    state = {index[parameter]: entries[names[parameter]] for parameter in order if names[parameter] in entries}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class Checkpoints:
+    """Writes the checkpoints of one attempt.
+
+    Args:
+        folder: The run's `checkpoints`.
+        keep: How many of the newest stay; the best one always stays.
+        attempt: Of this start.
+        groups: All ranks.
+        broken: Folders that are no whole checkpoints whatever they look like; removed after the first save.
+    """
+
+    def __init__(self, folder: Path, keep: int, attempt: int, groups: Groups, broken: Iterable[str] = ()) -> None:
+        self._folder, self._keep, self._attempt, self._groups = folder, keep, attempt, groups
+        self._broken = frozenset(broken)
+        self.written = ""
+        """The newest folder that this attempt has written."""
+
+    def save(self, tensors: dict[str, torch.Tensor], state: State) -> None:
+        """Write one checkpoint, then remove what is no longer kept. Returns when this rank's part is on the disk.
+
+        All ranks call it at the same step; it waits for the slowest, and for a missing one until the timeout. Rank 0
+        writes the manifest after all parts are there, and removes old checkpoints after that.
+
+        Args:
+            tensors: From `tensors_of`.
+            state: As of this step; rank 0's is written.
+
+        Raises:
+            RunFailed: The weights are not finite, or the disk refuses.
+        """
+        _refuse_not_finite(tensors, state.progress.step)
+        final = self._folder / name(state.progress.step, self._attempt)
+        try:
+            mine = self._write_tensors(final, tensors)
+            parts: list[list[File]] = [[] for _ in range(self._groups.workers)]
+            dist.all_gather_object(parts, mine, group=self._groups.save)
+            if self._groups.rank == 0:
+                storage.write_record(final / STATE, state)
+                files = [file for part in parts for file in part] + [_described(final / STATE)]
+                storage.write_record(final / MANIFEST, Manifest(FORMAT, state.progress.step, self._attempt, files))
+                storage.sync_folder(self._folder)
+                self._clean(state.progress.best_checkpoint)
+        except OSError as error:
+            raise RunFailed(f"the checkpoint of step {state.progress.step} can't be written: {error}") from error
+        self.written = final.name
+
+    def name_of(self, step: int) -> str:
+        """The folder that `save` makes for a step."""
+        return name(step, self._attempt)
+
+    def _write_tensors(self, final: Path, tensors: dict[str, torch.Tensor]) -> list[File]:
+        """Write this rank's share of the tensors under a name of its own, then move it into the checkpoint's folder."""
+        # Here and not above: it takes a second, and evaluation and serving read checkpoints without it.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+        staged = self._folder / f".{final.name}-r{self._groups.rank}"
+        writer = HuggingFaceStorageWriter(str(staged), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=self._groups.save)
+        final.mkdir(parents=True, exist_ok=True)
+        files = []
+        for path in sorted(staged.glob("*.safetensors")):
+            files.append(_described(path))
+            path.replace(final / path.name)
+        storage.sync_folder(final)
+        shutil.rmtree(staged)
+        return files
+
+    def _clean(self, best: str) -> None:
+        """Remove old checkpoints and what other attempts left unfinished. Only after a new one is whole."""
+        whole = [path.name for path in _candidates(self._folder) if (path / MANIFEST).exists()]
+        kept = {best, *[found for found in whole if found not in self._broken][-self._keep :]}
+        for path in self._folder.iterdir():
+            if path.is_dir() and path.name not in kept:
+                # Without its manifest a half-removed folder is no checkpoint.
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Folders named like checkpoints, oldest first."""
+    paths = folder.iterdir() if folder.exists() else iter(())
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_key)
+
+
+def _key(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _described(path: Path) -> File:
+    chunks = list(_chunks(path)) if path.suffix == ".safetensors" else []
+    return File(path.name, path.stat().st_size, storage.checksum(path), chunks)
+
+
+def _chunks(path: Path) -> Iterator[Chunk]:
+    """From the header of a safetensors file; DCP notes there where each part belongs in its tensor."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+    for key, entry in header.items():
+        yield Chunk(key, entry["dtype"], entry["shape"], places[key]["saved_offsets"])
+
+
+def _refuse_not_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
+    """A finite gradient can still overflow the weights (a learning rate of 1e30); such weights are never kept."""
+    for key, tensor in tensors.items():
+        if key.startswith(MODEL) and not torch.isfinite(tensor).all():
+            raise RunFailed(
+                f"training stopped after step {step}: {key.removeprefix(MODEL)} is not finite, so the next loss would be "
+                f"nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+            )

@@ -1,0 +1,104 @@
+"""From prepared rows to the tensors of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raylway.features.prepared import Rows
+from raylway.features.transform import Target
+from raylway.train.feed.order import Order, num_microbatches, share
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of one forward and backward pass; never empty."""
+
+    numeric: torch.Tensor
+    """float32 [n, D]"""
+    categorical: torch.Tensor
+    """int64 [n, C]"""
+    target: torch.Tensor
+    """int64 [n] class codes, or float64 [n] standardised values"""
+    weight: torch.Tensor
+    """float32 [n]: 1, or 0 for the one row that stands in where a rank has none"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step."""
+
+    num_rows: int
+    """Rows of the step over all ranks."""
+    microbatches: list[Microbatch]
+    """As many on every rank."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each step this process reads."""
+
+    rank: int
+    workers: int
+    global_batch: int
+    microbatch: int
+
+
+class Feed:
+    """The rows of this rank, step by step; the next step is read while this one computes.
+
+    Args:
+        rows: The split; shards are verified when first read.
+        order: Of the same split.
+        share: This rank's.
+        target: For standardising a regression target.
+        device: Where tensors go.
+    """
+
+    def __init__(self, rows: Rows, order: Order, share: Share, target: Target, device: torch.device) -> None:
+        self._rows, self._order, self._share, self._target, self._device = rows, order, share, target, device
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def step(self, step: int) -> Batch:
+        """This rank's microbatches of a global step, and a start on the step after it."""
+        ahead = self._ahead[1] if self._ahead and self._ahead[0] == step else self._reader.submit(self._read, step)
+        batch = ahead.result()
+        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
+        return batch
+
+    def epoch(self) -> Iterator[Microbatch]:
+        """This rank's share of all rows once, for evaluation; nothing for a rank without rows."""
+        first, last = share(self._order.num_rows, self._share.rank, self._share.workers)
+        for start in range(first, last, self._share.microbatch):
+            yield self._tensors(np.arange(start, min(start + self._share.microbatch, last)))
+
+    def _read(self, step: int) -> Batch:
+        mine = self._share
+        num_rows = self._order.step_rows(step, mine.global_batch)
+        positions = self._order.positions(step, mine.global_batch, mine.rank, mine.workers)
+        count = num_microbatches(num_rows, mine.workers, mine.microbatch)
+        bounds = [share(len(positions), part, count) for part in range(count)]
+        return Batch(num_rows, [self._tensors(positions[start:stop]) for start, stop in bounds])
+
+    def _tensors(self, positions: np.ndarray) -> Microbatch:
+        weight = torch.ones(max(1, len(positions)))
+        if not len(positions):
+            # Every rank must run the same passes, or its peers wait for it. Any row does: its loss counts 0 times.
+            positions = np.zeros(1, np.int64)
+            weight.zero_()
+        numeric, categorical, target, _ = self._rows.take(positions)
+        if self._target.task == "regression":
+            target = (target - self._target.mean) / self._target.spread
+        return Microbatch(
+            torch.from_numpy(numeric).to(self._device),
+            torch.from_numpy(categorical).to(self._device, torch.int64),
+            torch.from_numpy(target).to(
+                self._device, torch.float64 if self._target.task == "regression" else torch.int64
+            ),
+            weight.to(self._device),
+        )

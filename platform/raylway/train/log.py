@@ -1,0 +1,48 @@
+"""`metrics.jsonl`: one line for each step and each validation, written by rank 0, each step there once.
+
+A checkpoint remembers how long the file was; a resumed run cuts it back to that and goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_ENCODER = msgspec.json.Encoder()
+
+
+class MetricsLog:
+    """The file, opened for appending.
+
+    Args:
+        path: `metrics.jsonl`.
+        size: Bytes to keep, from the checkpoint that the run goes on from; 0 for a new run.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        # Unbuffered: a line is one write, so readers see whole lines and a killed process loses none.
+        self._file = path.open("ab", buffering=0)
+        if self._file.tell() > size:
+            self._file.truncate(size)
+            self._file.seek(size)
+
+    def write(self, kind: str, **figures: Any) -> None:
+        self._file.write(_ENCODER.encode({"kind": kind, **figures}) + b"\n")
+
+    def mark(self) -> int:
+        """The size of the file, which is now on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+class NoLog:
+    """What the other ranks write to."""
+
+    def write(self, kind: str, **figures: Any) -> None:
+        pass
+
+    def mark(self) -> int:
+        return 0

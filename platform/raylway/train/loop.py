@@ -1,0 +1,151 @@
+"""The training loop: the article's, with the engineering out of sight.
+
+    for data, target in loader:            feed.step: this rank's rows of the global batch, in microbatches
+        optimizer.zero_grad()
+        output = model(data)               forward_backward: accumulated over microbatches, summed over ranks
+        loss = criterion(output, target)
+        loss.backward()
+        optimizer.step()                   once all ranks agree that loss and gradient are finite
+    scheduler.step()                       the rate is a function of the updates made
+
+All ranks run it side by side. Whatever decides what happens next is agreed by all of them, or computed by each from
+the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from raylway.features.signature import Task
+from raylway.job import schema
+from raylway.train import optim, validate
+from raylway.train.checkpoint import Checkpoints, Progress, State, settings_of, tensors_of
+from raylway.train.feed.loader import Feed
+from raylway.train.feed.order import random_seed
+from raylway.train.log import MetricsLog, NoLog
+from raylway.train.plan import Plan
+from raylway.train.precision import Precision
+from raylway.train.step import Wish, agree, forward_backward, gradient_norm, refuse_divergence
+from raylway.train.strategy import Groups, Parallel
+from raylway.train.validate import Validation
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that the loop works with, put together by `worker`."""
+
+    job: schema.Train
+    seed: int
+    task: Task
+    plan: Plan
+    groups: Groups
+    device: torch.device
+    model: Parallel
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    feed: Feed
+    validation: Validation | None
+    """None without validation rows."""
+    checkpoints: Checkpoints
+    log: MetricsLog | NoLog
+    wish: Callable[[Progress], Wish]
+    """What this rank would like after a step: a checkpoint, or an end."""
+
+
+def train(run: Training, progress: Progress) -> Progress:
+    """Train from `progress` to the end of the plan, or until validation says that it gets no better.
+
+    Called by all ranks at once.
+
+    Args:
+        run: Model, data and settings; the model and optimizer are in the state of `progress`.
+        progress: Where to go on.
+
+    Returns:
+        Where it ended, which is before the plan's end if someone wished for it. Its checkpoint is written.
+
+    Raises:
+        RunFailed: Loss or gradient are not finite; on all ranks alike, before the weights are touched.
+    """
+    plan, optimizer, scaler = run.plan, run.optimizer, run.precision.scaler
+    parameters = [parameter for parameter in run.model.module.parameters() if parameter.requires_grad]
+    clip = run.job.clip or float("inf")
+    wish = Wish()
+    while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
+        started_at = time.monotonic()
+        batch = run.feed.step(progress.step)
+        torch.manual_seed(random_seed(run.seed, progress.step, run.groups.rank))
+        rate = optim.learning_rate(run.job, plan, progress.updates)
+        optim.set_learning_rate(optimizer, rate)
+
+        optimizer.zero_grad()
+        loss_sum = forward_backward(run.model, batch, run.task, run.precision)
+        scaler.unscale_(optimizer)
+        norm = gradient_norm(run.model)
+        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, run.wish(progress))
+        wish = agreed.wish
+        refuse_divergence(agreed, norm, progress.step + 1, run.precision.may_skip, progress.skipped_in_a_row)
+        if agreed.finite:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            scaler.step(optimizer)
+        scaler.update()
+        progress = progress.after_step(updated=agreed.finite)
+
+        _log_step(run, progress, agreed.loss, rate, norm.item(), time.monotonic() - started_at)
+        is_last = progress.step == plan.total_steps
+        improved = False
+        if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
+            progress, improved = _validated(run, run.validation, progress)
+        if wish.save or wish.stop or improved or is_last or progress.stopped_early:
+            _save(run, progress)
+    return progress
+
+
+def _log_step(run: Training, progress: Progress, loss: float, rate: float, norm: float, elapsed_s: float) -> None:
+    run.log.write(
+        "step",
+        step=progress.step,
+        epoch=(progress.step - 1) // run.plan.steps_per_epoch + 1,
+        loss=loss,
+        lr=rate,
+        grad_norm=norm,
+        rows_per_s=run.plan.rows_in(progress.step) / elapsed_s,
+        updates=progress.updates,
+        skipped=progress.skipped,
+    )
+
+
+def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
+    """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
+    figures = validation.figures(run.model, run.device)
+    metric = run.job.validation.best
+    best = validate.judge(progress.best, metric, figures[metric], progress.step)
+    improved = best.step == progress.step
+    run.log.write("validation", step=progress.step, **figures, best=improved)
+    progress = msgspec.structs.replace(
+        progress,
+        best=best,
+        best_checkpoint=run.checkpoints.name_of(progress.step) if improved else progress.best_checkpoint,
+        stopped_early=validate.out_of_patience(best, run.job.validation.patience),
+    )
+    return progress, improved
+
+
+def _save(run: Training, progress: Progress) -> None:
+    """Write a checkpoint of this step. All ranks call it at once."""
+    run.checkpoints.save(
+        tensors_of(run.model.module, run.optimizer),
+        State(
+            progress=progress,
+            microbatch=run.plan.microbatch,
+            workers=run.groups.workers,
+            metrics_bytes=run.log.mark(),
+            scaler=run.precision.scaler.state_dict(),
+            optimizer=settings_of(run.optimizer),
+        ),
+    )

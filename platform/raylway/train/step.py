@@ -1,0 +1,116 @@
+"""The parts of one step: loss over rows, accumulated gradients, and the one exchange in which all ranks agree."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from raylway.errors import RunFailed
+from raylway.features.signature import Task
+from raylway.train.feed.loader import Batch
+from raylway.train.precision import Precision
+from raylway.train.strategy import Parallel
+
+MOST_SKIPS_IN_A_ROW = 20
+"""The scale starts at 65,536 and halves at each overflow: after 20 of them it is not the scale."""
+
+
+class Wish(NamedTuple):
+    """What a rank would like to happen after this step; one rank's wish is enough."""
+
+    save: bool = False
+    stop: bool = False
+
+
+class Agreed(NamedTuple):
+    """What all ranks know after the exchange; equal on all of them."""
+
+    loss: float
+    """Mean over the rows of the global batch."""
+    finite: bool
+    """The loss and the gradient's norm are finite numbers on every rank."""
+    wish: Wish
+
+
+def row_losses(task: Task, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Loss of each row, at least float32.
+
+    Args:
+        task: Cross-entropy for classification, squared error for regression.
+        output: [N, K] logits, or [N] or [N, 1] standardised values.
+        target: int64 [N] class codes, or float64 [N] standardised values.
+    """
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    if task == "classification":
+        return F.cross_entropy(output, target, reduction="none")
+    return F.mse_loss(output.reshape(target.shape), target.to(output.dtype), reduction="none")
+
+
+def forward_backward(model: Parallel, batch: Batch, task: Task, precision: Precision) -> torch.Tensor:
+    """Leave in the parameters the (scaled) gradient of the global batch's mean loss; return this rank's sum of losses.
+
+    DDP takes the mean over ranks of what each rank has, so each rank's sum is multiplied by workers / rows of the whole
+    step. That makes it the gradient of the one big batch, however its rows are divided. All ranks must call it: the
+    last microbatch exchanges gradients, and waits for a missing rank until the timeout.
+
+    Returns:
+        float64 scalar on the model's device.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=batch.microbatches[0].target.device)
+    for index, rows in enumerate(batch.microbatches):
+        with model.sync(index == len(batch.microbatches) - 1):
+            with precision.autocast():
+                output = model.forward(rows.numeric, rows.categorical)
+            losses = (row_losses(task, output, rows.target) * rows.weight).sum()
+            precision.scaler.scale(losses * (model.workers / batch.num_rows)).backward()
+        total += losses.detach()
+    return total
+
+
+def gradient_norm(model: Parallel) -> torch.Tensor:
+    """The 2-norm over all gradients, unscaled; DDP has made them equal on all ranks."""
+    gradients = [parameter.grad for parameter in model.module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def agree(group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, wish: Wish) -> Agreed:
+    """One small all-reduce: afterwards every rank decides the same. All ranks call it once a step.
+
+    Args:
+        group: All ranks.
+        loss_sum: This rank's, float64 scalar.
+        norm: Of the gradient.
+        num_rows: Rows of the step over all ranks.
+        wish: This rank's.
+    """
+    finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
+    wishes = torch.tensor([wish.save, wish.stop], dtype=torch.float64, device=loss_sum.device)
+    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), wishes])
+    dist.all_reduce(facts, group=group)
+    loss, not_finite, save, stop = facts.tolist()
+    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)))
+
+
+def refuse_divergence(agreed: Agreed, norm: torch.Tensor, step: int, may_skip: bool, skipped_in_a_row: int) -> None:
+    """Stop before the weights are touched.
+
+    Args:
+        agreed: Of this step.
+        norm: Of the gradient.
+        step: The step being made, from 1.
+        may_skip: Overflows are part of this precision.
+        skipped_in_a_row: Steps skipped just before this one.
+
+    Raises:
+        RunFailed: On all ranks alike.
+    """
+    if agreed.finite or (may_skip and skipped_in_a_row + 1 < MOST_SKIPS_IN_A_ROW):
+        return
+    again = f", {MOST_SKIPS_IN_A_ROW} steps in a row" if may_skip else ""
+    raise RunFailed(
+        f"training stopped at step {step}{again}: loss {agreed.loss:g}, gradient norm {norm.item():g}: not finite. The "
+        f"weights were left as they were before this step. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+    )

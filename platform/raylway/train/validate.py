@@ -1,0 +1,70 @@
+"""Validation: figures over all validation rows, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from raylway.features.transform import Target
+from raylway.train.feed.loader import Feed
+from raylway.train.precision import Precision
+from raylway.train.step import row_losses
+from raylway.train.strategy import Groups, Parallel, evaluating
+
+
+class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The best validation so far."""
+
+    value: float | None = None
+    step: int = 0
+    worse_since: int = 0
+    """Validations since then."""
+
+
+def judge(best: Best, metric: str, value: float, step: int) -> Best:
+    """The best after one more validation. A figure that is no number is never better."""
+    sign = 1 if metric == "val_accuracy" else -1
+    better = math.isfinite(value) and (best.value is None or sign * value > sign * best.value)
+    return Best(value, step) if better else msgspec.structs.replace(best, worse_since=best.worse_since + 1)
+
+
+def out_of_patience(best: Best, patience: int | None) -> bool:
+    return patience is not None and best.worse_since >= patience
+
+
+class Validation:
+    """Evaluates the model on the validation rows, each rank its share.
+
+    Args:
+        feed: This rank's share of the rows, unshuffled.
+        target: Its task decides the figures.
+        precision: As in training.
+        groups: Where the ranks' sums meet.
+    """
+
+    def __init__(self, feed: Feed, target: Target, precision: Precision, groups: Groups) -> None:
+        self._feed, self._target, self._precision, self._groups = feed, target, precision, groups
+
+    def figures(self, model: Parallel, device: torch.device) -> dict[str, float]:
+        """The figures over all rows, each counted once. All ranks call it at once; one without rows adds nothing.
+
+        Returns:
+            `val_loss`, and `val_accuracy` or `val_rmse` (in the target's own unit).
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # The plain module: DDP's forward talks to the other ranks, which may have fewer passes to make.
+        with evaluating(model.module):
+            for rows in self._feed.epoch():
+                with self._precision.autocast():
+                    output = model.module(rows.numeric, rows.categorical)
+                losses = row_losses(self._target.task, output, rows.target).double()
+                hits = (output.argmax(dim=-1) == rows.target) if self._target.task == "classification" else losses
+                sums += torch.stack([losses.sum(), hits.double().sum(), rows.weight.double().sum()])
+        dist.all_reduce(sums, group=self._groups.step)
+        loss, second, count = sums.tolist()
+        if self._target.task == "classification":
+            return {"val_loss": loss / count, "val_accuracy": second / count}
+        return {"val_loss": loss / count, "val_rmse": math.sqrt(second / count) * self._target.spread}

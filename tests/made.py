@@ -1,0 +1,142 @@
+"""Small bundles for the tests of `bundle` and `serve_app`, trained by a plain torch loop on data made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from raylway.bundle import artefact
+from raylway.features.prepared import Account, Manifest
+from raylway.features.signature import Input, Signature
+from raylway.features.transform import Statistics, Target, Transform, derived, fit
+from raylway.models import registry
+from raylway.runs.run import RunRecord
+
+RUN = RunRecord(1, "0123456789ab", "made", "2026-01-01T00:00:00+00:00", "f" * 32, 7, [], "u", "h", None, {"torch": "2"})
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a bundle is made from."""
+
+    signature: Signature
+    transform: Transform
+    spec: registry.ModelSpec
+    model: torch.nn.Module
+
+    @property
+    def manifest(self) -> Manifest:
+        account = Account(0, 0, 0, 0, 0, 0, 0, 0)
+        return Manifest(1, "f" * 32, account, {}, self.signature, self.transform, [], [], [])
+
+    def stage(self, folder: Path, name: str = "made") -> Path:
+        run = RunRecord(**{field: getattr(RUN, field) for field in RUN.__struct_fields__} | {"job": name})
+        artefact.stage(folder, self.model.state_dict(), self.spec, self.manifest, run)
+        return folder
+
+
+def made(
+    table: pa.Table,
+    target: str,
+    inputs: dict[str, str],
+    spec: registry.ModelSpec | None = None,
+    steps: int = 300,
+    optional: tuple[str, ...] = (),
+    derive: dict[str, str] | None = None,
+) -> Made:
+    """Fit a transform and train a small network on a table.
+
+    Args:
+        table: Training rows, features and target.
+        target: A text column for classification, a number for regression.
+        inputs: Type of each raw input by name; derived features are numbers.
+        spec: The network, a small mlp if left out.
+        steps: Full-batch Adam steps.
+        optional: Inputs that a row may lack.
+        derive: Derived features by name.
+    """
+    derive = derive or {}
+    numeric = [name for name, kind in inputs.items() if kind == "number"] + list(derive)
+    categorical = [name for name, kind in inputs.items() if kind == "category"]
+    raw = table[target]
+    if pa.types.is_string(raw.type):
+        aim = Target(target, "classification", sorted(set(raw.to_pylist())), 0.0, 1.0)
+    else:
+        values = raw.to_numpy()
+        aim = Target(target, "regression", [], float(values.mean()), float(values.std()))
+    whole = derived(table, derive)
+    transform = fit(Statistics.of(whole, numeric, categorical), derive, aim)
+    signature = Signature(
+        aim.task, target, [Input(name, kind, name not in optional) for name, kind in inputs.items()], aim.classes
+    )
+    spec = spec or registry.ModelSpec("mlp", {"hidden": [16], "dropout": 0.1})
+    torch.manual_seed(0)
+    model = registry.build(spec, transform)
+    _train(model, transform, whole, raw, steps)
+    return Made(signature, transform, spec, model)
+
+
+def _train(model: torch.nn.Module, transform: Transform, table: pa.Table, raw: Any, steps: int) -> None:
+    encoded = transform.encode(table)
+    numbers = torch.from_numpy(encoded.numeric)
+    codes = torch.from_numpy(encoded.categorical).long()
+    target = torch.tensor(transform.encode_target(raw))
+    if transform.target.task == "regression":
+        target = ((target - transform.target.mean) / transform.target.spread).float()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(numbers, codes)
+        if transform.target.task == "regression":
+            loss = torch.nn.functional.mse_loss(output.reshape(-1), target)
+        else:
+            loss = torch.nn.functional.cross_entropy(output, target.long())
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def fruit() -> Made:
+    """200 rows `length, width, colour`; ripe is yes exactly when length is above 10, and never between 9 and 11."""
+    rng = np.random.default_rng(21)
+    high = np.arange(200) % 2 == 1
+    length = np.round(np.where(high, rng.uniform(11, 15, 200), rng.uniform(5, 9, 200)), 2)
+    table = pa.table(
+        {
+            "length": length,
+            "width": np.round(rng.uniform(1, 4, 200), 2),
+            "colour": rng.choice(["green", "red"], 200),
+            "ripe": np.where(high, "yes", "no"),
+        }
+    )
+    return made(table, "ripe", {"length": "number", "width": "number", "colour": "category"})
+
+
+def price() -> Made:
+    """300 rows `size, rooms, place` where the price is a plain function of size and place; rooms may be left out."""
+    rng = np.random.default_rng(5)
+    size, place = rng.uniform(20, 200, 300), rng.choice(["NA", "EU"], 300)
+    table = pa.table(
+        {
+            "size": size,
+            "rooms": rng.integers(1, 6, 300),
+            "place": place,
+            "price": 1000 * size + np.where(place == "EU", 50_000.0, 0.0),
+        }
+    )
+    inputs = {"size": "number", "rooms": "number", "place": "category"}
+    return made(table, "price", inputs, optional=("rooms", "place"), steps=600)
+
+
+def article() -> Made:
+    """The article's network, 1000-512-256-10, with its first weights: for bits and speed, not for sense."""
+    rng = np.random.default_rng(0)
+    names = [f"f{index:03d}" for index in range(1000)]
+    columns: dict[str, Any] = {name: rng.normal(size=50) for name in names}
+    table = pa.table({**columns, "target": [str(index % 10) for index in range(50)]})
+    spec = registry.ModelSpec("mlp", {"hidden": [512, 256], "dropout": 0.5})
+    return made(table, "target", dict.fromkeys(names, "number"), spec, steps=0)

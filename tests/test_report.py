@@ -1,0 +1,330 @@
+"""The report as a reader gets it: one HTML file that says what is so, whatever the data is called."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import made_prepared
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn import metrics as sk
+
+from raylway import storage
+from raylway.evaluate import baselines, metrics
+from raylway.evaluate.record import Evaluation
+from raylway.features.prepared import Prepared
+from raylway.report import charts, curves, words
+from raylway.report.report import write
+from raylway.runs.run import Run
+
+HOSTILE = "<script>alert('x')</script>\"&"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Text, tags and attributes of a page; complains about tags that are not closed."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self._open: list[str] = []
+        self.feed(source)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def rows(classes: list[str], count: int, seed: int, column: str = "x") -> pa.Table:
+    random = np.random.default_rng(seed)
+    names = [classes[index] for index in random.integers(0, len(classes), count)]
+    return pa.table({column: random.standard_normal(count), "answer": names})
+
+
+def data(folder: Path, classes: list[str], column: str = "x", **account: int) -> Prepared:
+    splits = {"train": (240, 0), "validation": (40, 1), "test": (120, 2)}
+    tables = {split: rows(classes, count, seed, column) for split, (count, seed) in splits.items()}
+    return made_prepared.make(folder / "prepared", tables, "answer", **account)
+
+
+def run_of(folder: Path, prepared: Prepared, job: str = "name: demo\n") -> Run:
+    run = Run(folder / "runs" / "demo" / "0123456789ab")
+    run.create(job.encode(), "demo", prepared.manifest.fingerprint, 7, ["raylway", "run", "demo.yaml"])
+    return run
+
+
+def log_training(run: Run, steps: int) -> None:
+    lines = [
+        {"kind": "step", "step": step, "loss": 1 / step, "lr": 0.001, "grad_norm": 2.5} for step in range(1, steps + 1)
+    ]
+    lines += [{"kind": "validation", "step": steps, "val_loss": 0.25, "val_accuracy": 0.875}]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
+    with run.stage("prepare"):
+        pass
+    with run.stage("train") as facts:
+        facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001")
+
+
+def log_evaluation(run: Run, prepared: Prepared, seed: int = 3) -> Evaluation:
+    """Answers drawn at random, in the files that evaluation writes."""
+    manifest = prepared.manifest
+    _, _, target, row_id = prepared.rows("test").take(np.arange(manifest.account.test))
+    random = np.random.default_rng(seed)
+    columns = {"row_id": row_id, "target": target, "prediction": target + random.standard_normal(len(target))}
+    if classes := manifest.signature.classes:
+        output = random.dirichlet(np.ones(len(classes)), len(target)).astype(np.float32)
+        names = np.array(classes)
+        columns |= {"target": names[target], "prediction": names[output.argmax(axis=1)]}
+        columns |= {f"p_{name}": output[:, code] for code, name in enumerate(classes)}
+        scores = metrics.classification(target, output, classes)
+    else:
+        scores = metrics.regression(target, columns["prediction"])
+    pq.write_table(pa.table(columns), run.predictions)
+    with run.stage("evaluate"):
+        evaluation = Evaluation(
+            **msgspec.structs.asdict(scores),
+            task=manifest.signature.task,
+            baselines=[baselines.constant(prepared, target)],
+            elapsed_s=1.0,
+        )
+        storage.write_record(run.evaluation, evaluation)
+    return evaluation
+
+
+def page(run: Run, prepared: Prepared) -> Page:
+    return Page(write(run, prepared).read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_is_told_in_full(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["no", "yes"], missing=30, duplicates=4, quarantined=2)
+    quarantine = prepared.folder / "quarantine"
+    quarantine.mkdir()
+    bad = {"file": "rows.csv", "line": 17, "column": "x", "reason": "not a number", "cell": "12,5"}
+    (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
+    profile = [
+        {"name": "x", "type": "float64", "role": "numeric", "missing": 30, "distinct": None},
+        {"name": "answer", "type": "string", "role": "target", "missing": 0, "distinct": 2},
+    ]
+    (prepared.folder / "profile.json").write_text(json.dumps({"columns": profile}))
+    run = run_of(tmp_path, prepared, "name: demo\nseed: 7\n")
+    log_training(run, 50)
+    evaluation = log_evaluation(run, prepared)
+    with run.stage("bundle"):
+        pass
+    text = page(run, prepared).text
+    accuracy = evaluation.metrics["accuracy"]
+    assert accuracy is not None
+    assert f"rightly {accuracy:.1%} of the time" in text
+    assert "read 436 = 400 + 30 + 4 + 2; kept 400 = 240 + 40 + 120; evaluated 120 = test 120. It adds up." in text
+    assert "rows.csv:17 x not a number 12,5" in text
+    assert "x float64 numeric 30 (6.9%) –" in text
+    assert "raylway run demo.yaml" in text
+    assert "name: demo seed: 7" in text
+    for value in evaluation.metrics.values():
+        assert words.figure(value) in text
+    for name in ("Loss", "Validation accuracy", "Learning rate", "Gradient norm", "ROC", "Calibration"):
+        assert f" {name} " in text
+    assert "The bundle holds the weights of step 50" in text
+    assert "Unfinished" not in text
+
+
+@pytest.mark.parametrize("classes", [[HOSTILE, "</style>", "plain"], [HOSTILE, "</title><script>"]])
+def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: list[str]) -> None:
+    prepared = data(tmp_path, classes, column="<img src=x onerror=alert(1)>", quarantined=1)
+    quarantine = prepared.folder / "quarantine"
+    quarantine.mkdir()
+    bad = {"file": "<b>.csv", "line": 1, "column": "<i>", "reason": "<u>", "cell": "</code><script>"}
+    (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
+    column = {"name": "<script>", "type": "<b>", "role": "numeric", "missing": 0, "distinct": None}
+    (prepared.folder / "profile.json").write_text(json.dumps({"columns": [column]}))
+    run = run_of(tmp_path, prepared, "name: </pre><script>\n")
+    log_training(run, 5)
+    log_evaluation(run, prepared)
+    found = page(run, prepared)
+    assert not {"script", "img", "u"} & set(found.tags)
+    assert HOSTILE in found.text
+    assert "</code><script>" in found.text
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["no", "yes"])
+    run = run_of(tmp_path, prepared)
+    log_training(run, 20)
+    log_evaluation(run, prepared)
+    found = page(run, prepared)
+    links = [value or "" for name, value in found.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    source = run.report.read_text()
+    assert "url(" not in source.replace("url(#", "")
+    assert "@import" not in source
+    assert not {"script", "link", "iframe", "object", "img"} & set(found.tags)
+
+
+def test_every_chart_has_a_title_and_a_description(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["a", "b", "c"])
+    run = run_of(tmp_path, prepared)
+    log_training(run, 20)
+    log_evaluation(run, prepared)
+    page(run, prepared)
+    drawings = re.findall(r"<svg.*?</svg>", run.report.read_text(), re.DOTALL)
+    assert len(drawings) == 6
+    identifiers = []
+    for drawing in drawings:
+        title, description = re.search(r'aria-labelledby="(\S+) (\S+)"', drawing).groups()  # type: ignore[union-attr]
+        assert re.search(rf'<title id="{title}">\w', drawing)
+        assert re.search(rf'<desc id="{description}">\w', drawing)
+        identifiers.append(title)
+    assert len(set(identifiers)) == len(drawings)
+
+
+@pytest.mark.parametrize("done", ["nothing", "training"])
+def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, done: str) -> None:
+    prepared = data(tmp_path, ["no", "yes"])
+    run = run_of(tmp_path, prepared)
+    if done == "training":
+        log_training(run, 5)
+    text = page(run, prepared).text
+    assert "This run has no evaluation yet." in text
+    missing = "prepare, train, evaluate and bundle" if done == "nothing" else "evaluate and bundle"
+    assert f"Unfinished when this page was written: {missing}." in text
+    assert ("No step has been logged yet." in text) == (done == "nothing")
+
+
+def test_an_account_that_does_not_add_up_is_called_out(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["no", "yes"])
+    run = run_of(tmp_path, prepared)
+    evaluation = log_evaluation(run, prepared)
+    evaluation.rows -= 1
+    storage.write_record(run.evaluation, evaluation)
+    assert "It does not add up." in page(run, prepared).text
+
+
+def test_regression(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    tables = {
+        split: pa.table({"x": random.standard_normal(count), "price": 1e4 * random.standard_normal(count)})
+        for split, count in (("train", 90), ("validation", 10), ("test", 40))
+    }
+    prepared = made_prepared.make(tmp_path / "prepared", tables, "price")
+    run = run_of(tmp_path, prepared)
+    evaluation = log_evaluation(run, prepared)
+    text = page(run, prepared).text
+    assert f"the model's answer for “price” is off by {words.figure(evaluation.metrics['mae'])} on average" in text
+    assert "It beats always answering the mean" in text
+    assert "Predicted and true values" in text
+
+
+def test_many_classes_stay_readable(tmp_path: Path) -> None:
+    prepared = data(tmp_path, [f"class {number:03d}" for number in range(60)])
+    run = run_of(tmp_path, prepared)
+    log_evaluation(run, prepared)
+    text = page(run, prepared).text
+    assert "The most frequent mistakes" in text
+    assert "The 50 most frequent of 60 classes." in text
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["no", "yes"])
+    run = run_of(tmp_path, prepared)
+    log_training(run, 100_000)
+    assert write(run, prepared).stat().st_size < 1_000_000
+
+
+@given(
+    hnp.arrays(np.float64, st.integers(2, 300), elements=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])),
+    st.randoms(use_true_random=False),
+)
+def test_the_area_below_the_roc_curve_is_the_metric(score: np.ndarray, random: object) -> None:
+    is_class = np.array([random.random() < 0.5 for _ in score])  # type: ignore[attr-defined]
+    is_class[:2] = [True, False]
+    false, true = curves.roc(is_class, score)
+    assert np.trapezoid(true, false) == pytest.approx(sk.roc_auc_score(is_class, score))
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+
+
+def test_a_thinned_roc_curve_keeps_its_area() -> None:
+    random = np.random.default_rng(0)
+    is_class = random.random(20_000) < 0.1
+    score = random.standard_normal(20_000) + 2 * is_class
+    false, true = curves.roc(is_class, score)
+    assert len(false) <= 400
+    assert np.trapezoid(true, false) == pytest.approx(sk.roc_auc_score(is_class, score), abs=1e-3)
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 200), elements=st.floats(0, 1)), st.integers(0, 2**32 - 1))
+def test_reliability_counts_every_row_and_never_leaves_its_bin(claimed: np.ndarray, seed: int) -> None:
+    came_true = np.random.default_rng(seed).random(len(claimed)) < claimed
+    found = curves.reliability(claimed, came_true)
+    assert found.rows.sum() == len(claimed)
+    assert found.observed @ found.rows == pytest.approx(came_true.sum())
+    assert found.claimed @ found.rows == pytest.approx(claimed.sum())
+    assert (np.diff(found.claimed) > 0).all()
+
+
+@given(st.integers(1, 5_000), st.integers(1, 400))
+def test_thinning_keeps_the_mean_and_the_limit(count: int, most: int) -> None:
+    values = np.random.default_rng(count).standard_normal(count)
+    x, y = curves.thinned(np.arange(count, dtype=float), values, most)
+    size = -(-count // most)
+    assert len(x) == len(y) <= most
+    assert y[0] == pytest.approx(values[:size].mean())
+    assert y[-1] == pytest.approx(values[(len(x) - 1) * size :].mean())
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))
+def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+    high = low + width
+    if high - low < 1e-9 * max(abs(low), abs(high)):
+        return
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 7
+    step = found[1] - found[0]
+    assert found[0] >= low - step * 1e-6
+    assert found[-1] <= high + step * 1e-6
+    mantissa = float(f"{step:.6e}".split("e")[0])
+    assert min(abs(mantissa - good) for good in (1, 2, 5, 10)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (0.0, "0.0000"), (0.91347, "0.9135"), (12.3456, "12.35"), (98765.4, "98,765"), (2.5e-7, "2.50e-7")],
+)
+def test_figures(value: float | None, shown: str) -> None:
+    assert words.figure(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (61, "1 min 01 s"), (7322, "2 h 02 min")]
+)
+def test_seconds(value: float, shown: str) -> None:
+    assert words.seconds(value) == shown

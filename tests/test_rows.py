@@ -1,0 +1,207 @@
+"""JSON rows against a signature: what is accepted, as which values, and how a mistake is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raylway.bundle.rows import MOST_PROBLEMS, InvalidRows, NotJson, RowReader, joined
+from raylway.features.schema import canonical_text
+from raylway.features.signature import Input, Signature
+
+SIGNATURE = Signature(
+    "classification",
+    "ripe",
+    [
+        Input("length", "number", True),
+        Input("my colour", "category", True),
+        Input("width", "number", False),
+        Input("store", "category", False),
+    ],
+    ["no", "yes"],
+)
+READER = RowReader(SIGNATURE)
+GOOD = {"length": 12.5, "my colour": "red", "width": 2, "store": 1}
+
+
+def read(rows: Any, form: str = "rows") -> Any:
+    return READER.read(json.dumps({form: rows}).encode())[1]
+
+
+def problems(body: bytes) -> list[tuple[int | None, str | None, str]]:
+    with pytest.raises(InvalidRows) as caught:
+        READER.read(body)
+    return [(each.row, each.feature, each.reason) for each in caught.value.problems]
+
+
+def test_both_forms_give_the_same_columns() -> None:
+    as_rows = read([GOOD, {"length": -1, "my colour": True}])
+    as_data = read([[12.5, "red", 2, 1], [-1, True, None, None]], "data")
+    for rows in (as_rows, as_data):
+        np.testing.assert_array_equal(rows.numbers, [[12.5, 2.0], [-1.0, np.nan]])
+        assert [texts.to_pylist() for texts in rows.texts()] == [["red", "true"], ["1", None]]
+    assert as_rows.table(SIGNATURE).to_pylist()[1] == {
+        "length": -1.0,
+        "my colour": "true",
+        "width": None,
+        "store": None,
+    }
+
+
+def test_no_rows_are_no_mistake() -> None:
+    assert len(read([])) == len(read([], "data")) == 0
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1"])
+def test_one_store_however_it_is_written(value: Any) -> None:
+    assert read([GOOD | {"store": value}]).texts()[1].to_pylist() == ["1"]
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False), min_size=1))
+def test_category_texts_are_those_of_preparation(values: list[Any]) -> None:
+    found = read([GOOD | {"store": value} for value in values]).texts()[1].to_pylist()
+    assert found == [canonical_text(pa.array([value]))[0].as_py() for value in values]
+
+
+@given(st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_are_read_to_the_last_bit(value: float) -> None:
+    assert read([GOOD | {"length": value}]).numbers[0, 0] == float(json.loads(json.dumps(value)))
+
+
+CELLS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**25), 10**25),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=3),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+)
+ROWS = st.one_of(
+    CELLS,
+    st.dictionaries(st.sampled_from([*GOOD, "note"]), CELLS),
+    st.fixed_dictionaries({name: CELLS for name in GOOD}),
+    st.fixed_dictionaries({"length": st.integers(0, 9), "my colour": st.text(max_size=2)}),
+)
+
+
+def fits(each: Input, value: Any) -> bool:
+    """The rule in the words of the documents."""
+    if value is None:
+        return not each.required
+    if each.type == "number":
+        return type(value) in (int, float)
+    return type(value) in (str, bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
+
+
+@given(st.lists(ROWS, max_size=4))
+def test_exactly_the_bad_cells_are_named(rows: list[Any]) -> None:
+    expected = set()
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            expected.add((index, None))
+            continue
+        expected |= {(index, name) for name in row.keys() - GOOD.keys()}
+        expected |= {(index, each.name) for each in SIGNATURE.inputs if not fits(each, row.get(each.name))}
+    if not expected:
+        assert len(read(rows)) == len(rows)
+        return
+    found = {(row, feature) for row, feature, _ in problems(json.dumps({"rows": rows}).encode())}
+    assert found == expected or len(found) == MOST_PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"my colour": "red"}, "is missing; expected a number"),
+        (GOOD | {"length": None}, "is null; expected a number"),
+        (GOOD | {"length": "12.5"}, "expected a number; found the text '12.5'"),
+        (GOOD | {"length": ""}, "expected a number; found the text ''"),
+        (GOOD | {"length": True}, "expected a number; found a boolean"),
+        (GOOD | {"length": [12.5]}, "expected a number; found a list"),
+        (GOOD | {"length": {"v": 1}}, "expected a number; found an object"),
+    ],
+)
+def test_a_mistake_in_a_number(row: dict[str, Any], reason: str) -> None:
+    assert problems(json.dumps({"rows": [GOOD, row]}).encode()) == [(1, "length", reason)]
+
+
+def test_a_key_that_is_no_feature_is_refused_with_the_nearest_one() -> None:
+    ((row, feature, reason),) = problems(json.dumps({"rows": [GOOD | {"widht": 1}]}).encode())
+    assert (row, feature) == (0, "widht")
+    assert reason == "is no feature of this model; did you mean width?"
+    assert problems(json.dumps({"rows": [GOOD | {"ripe": "no"}]}).encode()) == [
+        (0, "ripe", "is no feature of this model, leave it out")
+    ]
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 400])
+def test_numbers_beyond_all_range_are_named(number: str) -> None:
+    ((row, feature, _),) = problems(b'{"rows":[{"length":%s,"my colour":"x"}]}' % number.encode())
+    assert (row, feature) == (0, "length")
+
+
+def test_the_largest_finite_number_is_accepted() -> None:
+    assert read([GOOD | {"length": sys.float_info.max}]).numbers[0, 0] == sys.float_info.max
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"rows",
+        b'{"rows":[{"length":NaN,"my colour":"x"}]}',
+        b'{"rows":[{"length":Infinity,"my colour":"x"}]}',
+        b'{"rows":[{"length":-Infinity,"my colour":"x"}]}',
+        b'{"rows":[]}trailing',
+        b'{"rows":' + b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe{}",
+        b'{"rows":[{"length":1,"my colour":"\xff"}]}',
+        b'{"rows":[{"length":1,"my colour":"\\ud800"}]}',
+        b'{"rows":[{"length":1' + b"0" * 5000 + b',"my colour":"x"}]}',
+        b'\xef\xbb\xbf{"rows":[]}',
+    ],
+)
+def test_what_is_not_json(body: bytes) -> None:
+    with pytest.raises(NotJson):
+        READER.read(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"[]", "found a list"),
+        (b"null", "found null"),
+        (b"{}", "found an empty object"),
+        (b'{"rows":[],"data":[]}', "found the keys 'rows', 'data'"),
+        (b'{"instances":[]}', "found the keys 'instances'"),
+        (b'{"rows":{}}', 'expected a list under "rows"; found an object'),
+        (b'{"data":[[1,"a"]]}', "expected a list of 4 values in the order of /signature; found a list of 2"),
+        (b'{"data":[{}]}', "found an object"),
+        (b'{"rows":[[12.5,"red",2,1]]}', "expected an object with a value for each feature; found a list"),
+    ],
+)
+def test_what_is_json_but_no_rows(body: bytes, words: str) -> None:
+    assert words in problems(body)[0][2]
+
+
+def test_a_body_full_of_mistakes_names_the_first_twenty() -> None:
+    found = problems(json.dumps({"rows": [{}] * 5000}).encode())
+    assert len(found) == MOST_PROBLEMS
+    assert [row for row, _, _ in found] == [index // 2 for index in range(MOST_PROBLEMS)]
+
+
+def test_joined_rows_are_the_rows_one_after_the_other() -> None:
+    parts = [read([GOOD | {"length": index}] * index) for index in range(4)]
+    whole = joined(parts)
+    assert whole.numbers[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
+    assert joined([whole.part(0, 2), whole.part(2, 6)]).numbers.tolist() == whole.numbers.tolist()
+    assert [len(texts) for texts in whole.texts()] == [6, 6]

@@ -1,0 +1,502 @@
+"""Serving over HTTP: the application by itself, behind Ray's own proxy and behind HAProxy; everything holds in all three."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import asking
+import httpx
+import jsonschema
+import made as making
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from asking import Server
+from raylway.bundle import contents, examples
+from raylway.bundle.predictor import Predictor
+from raylway.errors import UserError
+from raylway.models import registry
+from serve_app import app as serve_app
+from serve_app import batching, service
+from serve_app.service import Service
+from starlette.testclient import TestClient
+
+GOOD = {"length": 12.5, "width": 2.0, "colour": "red"}
+
+
+@pytest.fixture(scope="module")
+def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
+
+
+@pytest.fixture(scope="module")
+def ray_serve(ray_session: None) -> Iterator[str]:
+    """Serve on the session's Ray, with Ray's own proxy; the address."""
+    from ray import serve
+
+    port = asking.free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def haproxy(fruit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with asking.server(fruit, tmp_path_factory.mktemp("haproxy")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=["the application", "Ray's own proxy", "HAProxy"])
+def client(request: pytest.FixtureRequest, fruit: Path) -> Iterator[httpx.Client]:
+    if request.param == "the application":
+        with TestClient(Service(Predictor(fruit), 64), raise_server_exceptions=True) as found:
+            yield found
+    elif request.param == "HAProxy":
+        yield request.getfixturevalue("haproxy").client
+    else:
+        from ray import serve
+
+        address = request.getfixturevalue("ray_serve")
+        application = serve_app.build({"bundle": str(fruit), "max_replicas": "1"})
+        serve.run(application, name="fruit", route_prefix="/fruit")
+        with httpx.Client(base_url=f"{address}/fruit", timeout=30) as found:
+            yield found
+        serve.delete("fruit")
+
+
+def refuse(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def strict(answer: httpx.Response) -> Any:
+    return json.loads(answer.text, parse_constant=refuse)
+
+
+def ask(client: httpx.Client, *rows: Any) -> tuple[int, Any]:
+    answer = client.post("/predict", json={"rows": list(rows)})
+    return answer.status_code, strict(answer)
+
+
+def test_both_forms_of_a_request(client: httpx.Client, fruit: Path) -> None:
+    status, answer = ask(client, GOOD, GOOD | {"length": 6})
+    assert status == 200
+    assert answer["predictions"] == ["yes", "no"]
+    record = contents.load(fruit).record
+    assert answer["model"] == {"name": "fruit", "version": record.version}
+    nested = client.post("/predict", json={"data": [[12.5, 2.0, "red"], [6, 2.0, "red"]]})
+    assert strict(nested) == [[row["no"], row["yes"]] for row in answer["probabilities"]]
+    assert [set(row) for row in answer["probabilities"]] == [{"no", "yes"}] * 2
+
+
+def test_the_served_bits_are_the_predictors(client: httpx.Client, fruit: Path) -> None:
+    rng = np.random.default_rng(9)
+    columns = {
+        "length": rng.uniform(0, 20, 300),
+        "width": rng.uniform(0, 5, 300),
+        "colour": rng.choice(["red", "green", "blue"], 300),
+    }
+    table = pa.table(columns)
+    expected = Predictor(fruit).predict(table).probabilities
+    rows = table.to_pylist()
+    _, together = ask(client, *rows)
+    with ThreadPoolExecutor(16) as pool:
+        singles = list(pool.map(lambda row: ask(client, row)[1]["probabilities"][0], rows[:100]))
+    for found, count in ((together["probabilities"], 300), (singles, 100)):
+        bits = np.array([[row["no"], row["yes"]] for row in found], np.float32)
+        assert bits.tobytes() == expected[:count].tobytes()  # type: ignore[index]
+
+
+MISTAKES = [
+    ({"width": 2.0, "colour": "red"}, "length"),
+    (GOOD | {"length": None}, "length"),
+    (GOOD | {"colour": None}, "colour"),
+    (GOOD | {"length": "12.5"}, "length"),
+    (GOOD | {"length": "twelve"}, "length"),
+    (GOOD | {"length": ""}, "length"),
+    (GOOD | {"length": [12.5]}, "length"),
+    (GOOD | {"length": {"v": 12.5}}, "length"),
+    (GOOD | {"length": True}, "length"),
+    (GOOD | {"note": "hand picked"}, "note"),
+    (GOOD | {"ripe": "no"}, "ripe"),
+    ({}, "length"),
+    ([12.5, 2.0, "red"], None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("row", "feature"), MISTAKES)
+def test_a_callers_mistake_is_named(client: httpx.Client, row: Any, feature: str | None) -> None:
+    answer = client.post("/predict", json={"rows": [GOOD, row]})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = strict(answer)
+    assert problem["status"] == 422
+    assert (problem["errors"][0]["row"], problem["errors"][0]["feature"]) == (1, feature)
+    assert problem["detail"].startswith(f"row 1: {feature or 'expected an object'}")
+    assert ask(client, GOOD)[1]["predictions"] == ["yes"]
+
+
+@pytest.mark.parametrize("value", [5, 5.0, True, "blue", "", "NA", "x" * 5000])
+def test_a_category_that_training_did_not_see_is_accepted(client: httpx.Client, value: Any) -> None:
+    assert ask(client, GOOD | {"colour": value})[1]["predictions"] == ["yes"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "null", "1" + "0" * 400])
+def test_numbers_that_are_not_finite(client: httpx.Client, number: str) -> None:
+    body = b'{"rows":[{"length":%s,"width":2.0,"colour":"red"}]}' % number.encode()
+    answer = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert "length" in strict(answer)["detail"] or "not valid JSON" in strict(answer)["detail"]
+    assert ask(client, GOOD)[1]["predictions"] == ["yes"]
+
+
+@pytest.mark.parametrize("number", [1e308, -1e308, 5e-324, 0])
+def test_wild_finite_numbers_are_answered(client: httpx.Client, number: float) -> None:
+    status, answer = ask(client, GOOD | {"length": number, "width": number})
+    assert status == 200
+    assert sum(answer["probabilities"][0].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 10_000])
+def test_any_number_of_rows_in_their_order(client: httpx.Client, count: int) -> None:
+    ripe = [index * index % 7 < 2 for index in range(count)]
+    rows = [GOOD | {"length": (11.5 if yes else 5.5) + index % 5 / 4} for index, yes in enumerate(ripe)]
+    started = time.monotonic()
+    status, answer = ask(client, *rows)
+    assert status == 200
+    assert answer["predictions"] == ["yes" if yes else "no" for yes in ripe]
+    assert len(answer["probabilities"]) == count
+    assert time.monotonic() - started < 30
+    assert strict(client.post("/predict", json={"data": []})) == []
+
+
+@pytest.mark.parametrize(
+    "bad", [{"length": "two"}, {"length": None}, {"length": [2.0]}, {"length": "nan"}, {"lenght": 1.0}]
+)
+def test_one_bad_request_among_good_ones(client: httpx.Client, bad: dict[str, Any]) -> None:
+    good = [GOOD | {"length": (12.0 if index % 3 else 6.0) + index / 50} for index in range(20)]
+    right = [(200, ["yes" if index % 3 else "no"]) for index in range(20)]
+
+    def send(row: dict[str, Any]) -> tuple[int, Any]:
+        status, answer = ask(client, row)
+        return status, answer.get("predictions")
+
+    with ThreadPoolExecutor(21) as pool:
+        together = list(pool.map(send, [*good[:7], GOOD | bad, *good[7:]]))
+        assert together.pop(7) == (422, None)
+        assert together == right
+        assert list(pool.map(send, good)) == right
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"rows", b'{"rows":', b"\xff\xfe", b'{"rows":[{"colour":"\\ud800"}]}', b"[" * 200_000, b'{"a":' * 100_000],
+)
+def test_what_is_not_json(client: httpx.Client, body: bytes) -> None:
+    answer = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "not valid JSON" in strict(answer)["detail"]
+
+
+def test_media_types(client: httpx.Client) -> None:
+    body = json.dumps({"rows": [GOOD]}).encode()
+    for kind in ("application/json; charset=utf-8", "application/vnd.own+json", "Application/JSON"):
+        assert client.post("/predict", content=body, headers={"Content-Type": kind}).status_code == 200
+    assert client.post("/predict", content=body).status_code == 200  # none is named
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = client.post("/predict", content=body, headers={"Content-Type": kind})
+        assert (answer.status_code, strict(answer)["detail"]) == (415, f"expected application/json; found {kind}")
+    packed = client.post("/predict", content=body, headers={"Content-Encoding": "gzip"})
+    assert packed.status_code == 415
+
+
+def test_a_body_that_is_too_large(client: httpx.Client) -> None:
+    whole = service.MAX_BODY_BYTES
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(whole // 2**20 + 1):
+            yield b" " * 2**20
+
+    with_length = client.post("/predict", content=b" " * (whole + 1), headers={"Content-Type": "application/json"})
+    in_pieces = client.post("/predict", content=pieces(), headers={"Content-Type": "application/json"})
+    for answer in (with_length, in_pieces):
+        assert answer.status_code == 413
+        assert "16,777,216 bytes" in strict(answer)["detail"]
+    assert ask(client, GOOD)[0] == 200
+
+
+def test_paths_and_methods(client: httpx.Client) -> None:
+    for path in ("/", "/docs"):
+        page = client.get(path)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "/predict" in page.text
+    assert strict(client.get("/healthz")) == {"status": "ok"}
+    assert strict(client.get("/readyz"))["status"] == "ready"
+    signature = strict(client.get("/signature"))
+    assert [each["name"] for each in signature["inputs"]] == ["length", "width", "colour"]
+    assert signature["classes"] == ["no", "yes"]
+    assert strict(client.get("/nowhere"))["status"] == 404
+    for method, path, allowed in (("GET", "/predict", "POST"), ("POST", "/signature", "GET, HEAD")):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    head = client.head("/docs")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    page = Path(service.__file__).with_name("docs.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_openapi_document(client: httpx.Client, fruit: Path) -> None:
+    document = strict(client.get("/openapi.json"))
+    assert document["openapi"] == "3.1.0"
+    assert document["info"]["version"] == contents.load(fruit).record.version
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert client.request(method, path, json={"rows": []}).status_code == 200
+    resolved = json.loads(json.dumps(document["components"]).replace("#/components/", "#/"))
+
+    def valid(name: str, value: Any) -> bool:
+        schema = resolved | {"$ref": f"#/schemas/{name}"}
+        jsonschema.Draft202012Validator.check_schema(schema)
+        return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+    posted = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    for form, name in (("rows", "RowsRequest"), ("data", "DataRequest")):
+        example = posted["examples"][form]["value"]
+        assert valid(name, example)
+        assert client.post("/predict", json=example).status_code == 200
+    for row, _ in MISTAKES:
+        assert not valid("RowsRequest", {"rows": [row]})
+        assert valid("Problem", ask(client, row)[1])
+    assert valid("Answers", ask(client, GOOD)[1])
+    assert valid("NestedList", strict(client.post("/predict", json={"data": [[1, 2, "red"]]})))
+    assert not valid("DataRequest", {"data": [[1, 2]]})
+
+
+def test_answers_of_a_regression(tmp_path: Path) -> None:
+    bundle = making.price().stage(tmp_path / "bundle")
+    client = TestClient(Service(Predictor(bundle), 64))
+    status, answer = ask(client, {"size": 100, "place": "EU"}, {"size": 50})
+    assert status == 200
+    assert set(answer) == {"predictions", "model"}
+    assert answer["predictions"][0] == pytest.approx(150_000, rel=0.1)
+    nested = strict(client.post("/predict", json={"data": [[100, None, "EU"]]}))
+    assert nested == [[answer["predictions"][0]]]
+    schemas = strict(client.get("/openapi.json"))["components"]["schemas"]
+    assert schemas["Row"]["required"] == ["size"]
+
+
+def test_a_whole_number_category_however_it_is_written(tmp_path: Path) -> None:
+    store = np.arange(48) % 4 + 1
+    table = pa.table({"store": store, "busy": np.where(store % 2 == 1, "yes", "no")})
+    client = TestClient(Service(Predictor(making.made(table, "busy", {"store": "category"}).stage(tmp_path / "b")), 64))
+    _, answer = ask(client, *({"store": value} for value in (1, "1", 1.0, 2)))
+    assert answer["predictions"] == ["yes", "yes", "yes", "no"]
+    assert answer["probabilities"][0] == answer["probabilities"][1] == answer["probabilities"][2]
+
+
+def test_the_two_letters_na_are_a_category(tmp_path: Path) -> None:
+    country = np.array(["NA", "ZA", "FR", "US"] * 12)
+    table = pa.table({"country": country, "late": np.where(country == "NA", "yes", "no")})
+    client = TestClient(Service(Predictor(making.made(table, "late", {"country": "category"}).stage(tmp_path / "b")), 64))
+    assert ask(client, {"country": "NA"}, {"country": "ZA"})[1]["predictions"] == ["yes", "no"]
+
+
+def test_a_constant_column_served_with_another_value(tmp_path: Path) -> None:
+    signal = np.arange(22) - 10.5
+    table = pa.table({"base": [-11.512925464970229] * 22, "signal": signal, "alarm": np.where(signal > 0, "yes", "no")})
+    bundle = making.made(table, "alarm", {"base": "number", "signal": "number"}).stage(tmp_path / "bundle")
+    client = TestClient(Service(Predictor(bundle), 64))
+    rows = [{"base": base, "signal": 5.0} for base in (-11.512925464970229, -10, 1e300)]
+    assert ask(client, *rows)[1]["predictions"] == ["yes"] * 3
+
+
+def test_too_many_at_once_are_told_to_come_again(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "MAX_WAITING_BATCHES", 0)
+    with TestClient(Service(Predictor(fruit), 64)) as client:
+        for answer in (client.post("/predict", json={"rows": [GOOD]}), client.get("/readyz")):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert strict(answer)["status"] == 503
+        assert client.get("/healthz").status_code == 200
+
+
+def test_an_answer_that_is_not_finite_is_a_failure_with_a_reason(fruit: Path) -> None:
+    predictor = Predictor(fruit)
+    with torch.no_grad():
+        list(predictor._model.parameters())[-1].fill_(float("nan"))
+    answer = TestClient(Service(predictor, 64)).post("/predict", json={"rows": [GOOD]})
+    assert answer.status_code == 500
+    assert "not a finite number" in strict(answer)["detail"]
+
+
+def test_a_model_that_raises_is_a_failure_with_a_reason(fruit: Path) -> None:
+    predictor = Predictor(fruit)
+    predictor._model.forward = lambda *_: {}["secret"]
+    answer = TestClient(Service(predictor, 64)).post("/predict", json={"rows": [GOOD]})
+    assert (answer.status_code, strict(answer)["detail"]) == (500, "the model raised KeyError")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({}, "an argument is missing: bundle"),
+        ({"bundle": "b", "replicas": 2}, "no such argument: replicas"),
+        ({"bundle": "b", "max_batch": "many"}, "max_batch must be a whole number from 1"),
+        ({"bundle": "b", "max_batch": "0"}, "max_batch must be a whole number from 1"),
+        ({"bundle": "b", "min_replicas": True}, "min_replicas must be a whole number from 1"),
+        ({"bundle": "b", "min_replicas": 3, "max_replicas": "2"}, "min_replicas is more than max_replicas"),
+    ],
+)
+def test_arguments_of_the_application(args: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        serve_app.build(args)
+
+
+def test_the_application_imports_no_data_and_no_training() -> None:
+    script = (
+        "import sys, serve_app.app\n"
+        "mine = {name.split('.')[1] for name in sys.modules if name.startswith('raylway.')}\n"
+        "print(sorted(mine - {'bundle', 'models', 'features', 'runs', 'storage', 'job', 'errors'}))\n"
+        "print([name for name in ('ray.data', 'ray.train', 'pandas', 'sklearn') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_a_replica_whose_bundle_fails_its_check_does_not_start(fruit: Path, tmp_path: Path, ray_serve: str) -> None:
+    import shutil
+
+    import msgspec
+    from ray import serve
+    from raylway import storage
+
+    bundle = Path(shutil.copytree(fruit, tmp_path / "bundle"))
+    recorded = examples.read(bundle)
+    storage.write_record(bundle / contents.EXAMPLES, msgspec.structs.replace(recorded, outputs=recorded.outputs[::-1]))
+    record = storage.read_record(bundle / contents.RECORD, contents.BundleRecord)
+    storage.write_record(bundle / contents.RECORD, msgspec.structs.replace(record, files=contents.listed(bundle)))
+    with pytest.raises(RuntimeError, match="answers to the bundle's own examples differ"):
+        serve.run(serve_app.build({"bundle": str(bundle)}), name="wrong", route_prefix="/wrong")
+    serve.delete("wrong")
+
+
+def test_two_replicas_under_load_and_one_after(fruit: Path, ray_serve: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request fails while a replica comes and goes."""
+    from ray import serve
+
+    monkeypatch.setattr(serve_app, "UPSCALE_DELAY_S", 1.0)
+    monkeypatch.setattr(serve_app, "DOWNSCALE_DELAY_S", 2.0)
+    application = serve_app.build({"bundle": str(fruit), "min_replicas": 1, "max_replicas": 2, "max_batch": 2})
+    serve.run(application, name="busy", route_prefix="/busy")
+
+    def running() -> int:
+        states = serve.status().applications["busy"].deployments["model"].replica_states
+        return sum(states.values())
+
+    wrong: list[int] = []
+    loaded, quiet = threading.Event(), threading.Event()
+
+    def load(client: httpx.Client, stop: threading.Event) -> None:
+        while not stop.is_set():
+            status = client.post("/predict", json={"rows": [GOOD]}).status_code
+            if status != 200:
+                wrong.append(status)
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 90
+        while running() != count:
+            assert time.monotonic() < deadline, serve.status()
+            time.sleep(0.2)
+
+    assert running() == 1
+    with httpx.Client(base_url=f"{ray_serve}/busy", timeout=30) as client, ThreadPoolExecutor(9) as pool:
+        work = [pool.submit(load, client, loaded) for _ in range(8)]
+        try:
+            wait_for(2)
+        finally:
+            loaded.set()
+        trickle = pool.submit(load, client, quiet)
+        try:
+            wait_for(1)
+        finally:
+            quiet.set()
+        for each in (*work, trickle):
+            each.result()
+    assert wrong == []
+    serve.delete("busy")
+
+
+KNOWN = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}
+KNOWN_OF_SERVE = {"ray::ServeContr", "ray::ProxyActor", "ray::HAProxyMan", "ray::ServeRepli"}
+
+
+def test_what_listens_elsewhere_than_on_loopback(haproxy: Server) -> None:
+    """Ray's own ports and nothing of ours: none of them answers for the model (docs/serving.md names each)."""
+    found = asking.listening(haproxy.process.pid)
+    elsewhere = [(name, port) for name, address, port in found if not asking.is_loopback(address)]
+    assert {name for name, _ in elsewhere} <= KNOWN | KNOWN_OF_SERVE
+    assert [name for name, address, _ in found if name == "haproxy" and asking.is_loopback(address)] == ["haproxy"] * 3
+    for _, port in elsewhere:
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{port}/signature", timeout=2)
+        except httpx.HTTPError:
+            continue  # gRPC, or another address of this machine
+        assert answer.status_code != 200
+
+
+
+
+def test_haproxy_takes_the_requests_and_the_command_shown_works(haproxy: Server) -> None:
+    assert "through HAProxy" in haproxy.said
+    command = next(line for line in haproxy.said.splitlines() if line.startswith("try it:"))
+    done = subprocess.run(command.removeprefix("try it:"), shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["predictions"][0] in ("yes", "no")
+
+
+SLOW = """
+import time
+import torch
+
+def build(num_numeric, category_counts, num_outputs):
+    class Slow(torch.nn.Linear):
+        def forward(self, numeric, categorical):
+            time.sleep(1.5)
+            return super().forward(numeric)
+
+    return Slow(num_numeric, num_outputs)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_a_stop_lets_requests_end(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_model.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    length = np.linspace(5, 15, 20)
+    table = pa.table({"length": length, "ripe": np.where(length > 10, "yes", "no")})
+    spec = registry.ModelSpec("slow_model:build", {})
+    bundle = making.made(table, "ripe", {"length": "number"}, spec, steps=0).stage(tmp_path / "bundle")
+    (tmp_path / "slow_model.py").unlink()
+    with asking.server(bundle, tmp_path) as server:
+        before = set(asking.listening(server.process.pid))
+        assert before
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, server.client, {"length": 12})
+            time.sleep(0.7)  # the model is at work
+            assert server.stop(number) == code, server.said
+            assert asked.result()[0] == 200
+    assert "Traceback" not in server.said.replace("KeyboardInterrupt", "") or number == signal.SIGINT
