@@ -152,10 +152,12 @@ def compare(folder: Path, workers: int, threads: int, repeats: int) -> list[str]
 
 
 def rows_per_s(storage: Path) -> float:
-    """Rows over the seconds that the steps took, as the run's metrics have them; validations are not steps."""
-    (path,) = storage.glob("loop/*/metrics.jsonl")
-    steps = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "step"][SKIPPED_STEPS:]
-    return sum(step["rows"] for step in steps) / sum(step["elapsed_s"] for step in steps)
+    """Rows over the seconds that the full steps took, from the run's metrics; validations are not steps."""
+    (run,) = storage.glob("loop/*")
+    plan = json.loads((run / "run.json").read_text())["stages"]["train"]["facts"]["plan"]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if line["kind"] == "step" and line["step"] % plan["steps_per_epoch"]]
+    return len(steps[SKIPPED_STEPS:]) / sum(1 / step["rows_per_s"] for step in steps[SKIPPED_STEPS:])
 
 
 if __name__ == "__main__":

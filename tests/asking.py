@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import uvicorn
 from commands import environment
 
 _SERVE = """
@@ -31,6 +34,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def local(application: Any) -> Iterator[httpx.Client]:
+    """An ASGI application by itself, over real HTTP, in a thread of this process."""
+    port = free_port()
+    running = uvicorn.Server(uvicorn.Config(application, "127.0.0.1", port, log_level="critical"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 @dataclass
@@ -55,7 +75,7 @@ def server(bundle: Path, folder: Path, **settings: str) -> Iterator[Server]:
     port, log = free_port(), folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(bundle), str(port)],
+            [*__import__("os").environ.get("STRACE","").split(), sys.executable, "-c", _SERVE, str(bundle), str(port)],
             env=environment() | settings,
             stdout=output,
             stderr=subprocess.STDOUT,

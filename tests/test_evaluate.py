@@ -110,10 +110,13 @@ def test_evaluation_of_a_regression(ray_session: None, tmp_path: Path) -> None:
 
     splits = {"train": table(300), "validation": table(50), "test": table(250)}
     prepared = made_prepared.make(tmp_path / "prepared", splits, "price")
+    prepared.manifest.shards.reverse()  # the order of the shards is not that of the row ids
+    storage.write_record(prepared.folder / MANIFEST, prepared.manifest)
     model = made(splits["train"], "price", {"x": "number"})
     run = staged(tmp_path, prepared, model)
     found = evaluate.evaluate(run, prepared, run.staged_bundle, QUIET)
-    numeric, categorical, target, _ = every(prepared, "test")
+    order = np.argsort(every(prepared, "test")[3])
+    numeric, categorical, target, row_id = (column[order] for column in every(prepared, "test"))
     with torch.no_grad():
         output = model.model(torch.from_numpy(numeric), torch.from_numpy(categorical).long()).reshape(-1).double()
     fitted = prepared.manifest.transform.target
@@ -123,7 +126,9 @@ def test_evaluation_of_a_regression(ray_session: None, tmp_path: Path) -> None:
     assert found.metrics["r2"] == pytest.approx(sk.r2_score(target, plain), rel=1e-5)
     answers = pq.read_table(run.predictions).to_pandas()
     assert list(answers) == ["row_id", "file", "line", "target", "prediction"]
+    np.testing.assert_array_equal(answers["row_id"], row_id)
     np.testing.assert_array_equal(answers["target"], target)
+    np.testing.assert_allclose(answers["prediction"], plain, rtol=1e-5)
     assert found.metrics["rmse"] == sk.root_mean_squared_error(answers["target"], answers["prediction"])
     mean = DummyRegressor().fit(np.zeros((300, 1)), every(prepared, "train")[2])
     expected = sk.root_mean_squared_error(target, mean.predict(np.zeros((250, 1))))

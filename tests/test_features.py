@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -40,7 +41,7 @@ def test_numbers_are_scaled_as_scikit_learn_does_whatever_the_partition(parts):
     }
     frame = pd.DataFrame(columns)
     cuts = np.linspace(0, 1_000, parts + 1).astype(int)
-    tables = [pa.table({k: v[a:b] for k, v in columns.items()}) for a, b in zip(cuts, cuts[1:], strict=False)]
+    tables = [pa.table({k: v[a:b] for k, v in columns.items()}) for a, b in pairwise(cuts)]
     transform = fitted(tables, list(columns), [])
     scaler = StandardScaler().fit(frame)
     np.testing.assert_allclose([f.mean for f in transform.numeric], scaler.mean_, rtol=1e-9, atol=1e-20)

@@ -1,4 +1,4 @@
-"""The shape of the repository: imports point down, and what starts quickly imports little."""
+"""The shape of the repository: imports point down, and what should start quickly imports little."""
 
 from __future__ import annotations
 
@@ -9,47 +9,115 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY
+from commands import REPOSITORY, environment
 
-LIBRARY = REPOSITORY / "platform" / "raylway"
+LEVELS = (
+    ("cli", "__main__"),
+    ("launch", "predict"),
+    ("tune",),
+    ("pipeline",),
+    ("data",),
+    ("train",),
+    ("evaluate", "report", "serve_app"),
+    ("bundle",),
+    ("models",),
+    ("features",),
+    ("runs", "storage", "job", "errors", "raylway"),
+)
+"""Rooms from top to bottom; a room imports from its own level and below. `raylway` is the package's own version."""
 
-LEVELS = [
-    {"cli", "__main__"},
-    {"launch", "predict"},
-    {"tune"},
-    {"pipeline"},
-    {"data"},
-    {"train"},
-    {"evaluate", "report"},
-    {"bundle"},
-    {"models"},
-    {"features"},
-    {"runs", "storage", "job", "errors", "__init__"},
-]
-"""From top to bottom. A room imports its own level and those below."""
+UPWARD = {("pipeline", "launch")}
+"""The stages run inside the connection to Ray, which the pipeline opens only when there is work to do."""
 
-NOT_DOWN = {
-    ("pipeline", "launch"),  # the pipeline runs inside the connection that `launch.start` gives
-    ("launch", "data"),  # `launch.check` shows what preparation would decide
-}
+SOURCES = [*(REPOSITORY / "platform" / "raylway").rglob("*.py"), *(REPOSITORY / "serve_app").glob("*.py")]
 
 
-def imports(file: Path) -> set[str]:
-    """The modules of Raylway and serve_app that a file imports, also inside functions."""
-    found = set()
+def level(room: str) -> int:
+    return next(place for place, rooms in enumerate(LEVELS) if room in rooms)
+
+
+def room_of(module: str) -> str:
+    """The room that a dotted name belongs to: `raylway.data.clean` is of `data`."""
+    first, _, rest = module.partition(".")
+    second = rest.partition(".")[0]
+    return second if first == "raylway" and any(second in rooms for rooms in LEVELS) else first
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names of our own modules that a file imports, anywhere in it."""
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("raylway", "serve_app")}
+            assert node.level == 0, f"{file}: a relative import hides the room"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("raylway", "serve_app")}
 
 
-def room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and (LIBRARY / parts[1]).with_suffix("").exists() else ""
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_imports_point_down(file: Path) -> None:
+    parts = file.relative_to(REPOSITORY).with_suffix("").parts
+    here = room_of(".".join(parts[1:] if parts[0] == "platform" else parts))
+    for name in imported(file):
+        there = room_of(name)
+        assert level(there) >= level(here) or (here, there) in UPWARD, f"{here} imports {name} from above"
 
 
-def level(name: str) -> int:
-    return next(place for place, rooms in enumerate(LEVELS) if name in rooms)
+def test_training_reads_prepared_data_through_features_only() -> None:
+    for room in ("train", "evaluate", "report"):
+        for file in (REPOSITORY / "platform" / "raylway" / room).rglob("*.py"):
+            assert not any(room_of(name) == "data" for name in imported(file)), file
+
+
+def test_our_folder_does_not_shadow_the_standard_library() -> None:
+    assert not (REPOSITORY / "platform" / "__init__.py").exists()
+    code = "import platform; print(platform.__file__); print(platform.python_version())"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    file, version = shown.stdout.split()
+    assert not Path(file).is_relative_to(REPOSITORY / "platform")
+    assert version == ".".join(map(str, sys.version_info[:3]))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["schema"], ["check", "jobs/flights.yaml"]])
+def test_quick_commands_import_neither_ray_nor_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from raylway.cli import main; sys.argv = ['raylway', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: print(sorted({'ray', 'torch'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_wheel_holds_every_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    roots = (REPOSITORY / "platform", REPOSITORY)
+    there = {
+        ".".join(file.parent.relative_to(root).parts)
+        for root in roots
+        for file in root.glob("raylway/**/__init__.py" if root.name == "platform" else "serve_app/**/__init__.py")
+    }
+    assert listed == there
+
+
+def test_dependencies_are_locked_and_explained() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    locked = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    page = (REPOSITORY / "docs" / "dependencies.md").read_text()
+    pins = [line for line in locked if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 and not set("+@/ ") & set(line) for line in pins)
+    for need in needs:
+        name = need.split(">")[0].split("[")[0]
+        assert any(pin.startswith(f"{name}==") for pin in pins), name
+        assert name in page, name

@@ -90,7 +90,7 @@ def log_training(run: Run, steps: int) -> None:
     with run.stage("prepare"):
         pass
     with run.stage("train") as facts:
-        facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001")
+        facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001", plan={"global_batch": 4_096})
 
 
 def log_evaluation(run: Run, prepared: Prepared, seed: int = 3) -> Evaluation:
@@ -153,6 +153,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path) -> None:
     for name in ("Loss", "Validation accuracy", "Learning rate", "Gradient norm", "ROC", "Calibration"):
         assert f" {name} " in text
     assert "The bundle holds the weights of step 50" in text
+    assert "global batch 4,096" in text
     assert "Unfinished" not in text
 
 
@@ -215,7 +216,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, done: str) -> No
         log_training(run, 5)
     text = page(run, prepared).text
     assert "This run has no evaluation yet." in text
-    missing = "prepare, train, evaluate and bundle" if done == "nothing" else "evaluate and bundle"
+    missing = "train, evaluate and bundle" if done == "nothing" else "evaluate and bundle"
     assert f"Unfinished when this page was written: {missing}." in text
     assert ("No step has been logged yet." in text) == (done == "nothing")
 

@@ -15,6 +15,7 @@ import pytest
 
 from raylway import storage
 from raylway.errors import RunFailed, UserError
+from raylway.job.load import load_job
 from raylway.runs.progress import Reporter
 from raylway.runs.run import Run, find_run, run_id, summary
 
@@ -24,8 +25,10 @@ class Point(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def make_run(root: Path, job: str, name: str) -> Run:
+    root.mkdir(exist_ok=True)
+    (root / "job.yaml").write_text(f"name: {job}\ndata: {{source: a.csv, target: y}}\n")
     run = Run(root / job / name)
-    run.create(b"name: x\n", job, "f" * 32, 42, ["raylway", "run"])
+    run.create(load_job(root / "job.yaml"), "f" * 32)
     return run
 
 
@@ -99,16 +102,19 @@ def test_runs_are_found_by_what_people_type(tmp_path: Path) -> None:
 
 def test_stages_are_recorded(tmp_path: Path) -> None:
     run = make_run(tmp_path, "flights", "abc123")
+    run.add_prepare(2.5)
+    run.add_prepare(0.1)
     with run.stage("train") as facts:
         facts["best_step"] = 7
     with pytest.raises(RunFailed), run.stage("evaluate"):
         raise RunFailed("lost")
+    assert run.record.stages["prepare"].elapsed_s == 2.5
     assert run.is_done("train")
     assert not run.is_done("evaluate")
     assert run.record.stages["train"].facts == {"best_step": 7}
     assert summary(run)["status"] == "evaluate failed"
     events = [json.loads(line)["event"] for line in run.events.read_text().splitlines()]
-    assert events == ["train running", "train done", "evaluate running", "evaluate failed"]
+    assert events == ["prepare done", "train running", "train done", "evaluate running", "evaluate failed"]
 
 
 def test_the_run_id_depends_on_every_part_and_its_borders() -> None:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,6 @@ from raylway.models import registry
 from serve_app import app as serve_app
 from serve_app import batching, service
 from serve_app.service import Service
-from starlette.testclient import TestClient
 
 GOOD = {"length": 12.5, "width": 2.0, "colour": "red"}
 
@@ -59,7 +59,7 @@ def haproxy(fruit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.fixture(scope="module", params=["the application", "Ray's own proxy", "HAProxy"])
 def client(request: pytest.FixtureRequest, fruit: Path) -> Iterator[httpx.Client]:
     if request.param == "the application":
-        with TestClient(Service(Predictor(fruit), 64), raise_server_exceptions=True) as found:
+        with asking.local(Service(Predictor(fruit), 64)) as found:
             yield found
     elif request.param == "HAProxy":
         yield request.getfixturevalue("haproxy").client
@@ -286,9 +286,20 @@ def test_the_openapi_document(client: httpx.Client, fruit: Path) -> None:
     assert not valid("DataRequest", {"data": [[1, 2]]})
 
 
-def test_answers_of_a_regression(tmp_path: Path) -> None:
-    bundle = making.price().stage(tmp_path / "bundle")
-    client = TestClient(Service(Predictor(bundle), 64))
+@pytest.fixture
+def serve_here(tmp_path: Path) -> Iterator[Callable[[making.Made], httpx.Client]]:
+    """Bundle and serve something by itself, until the test ends."""
+    with ExitStack() as stack:
+
+        def serve(made: making.Made) -> httpx.Client:
+            service = Service(Predictor(made.stage(tmp_path / "bundle")), 64)
+            return stack.enter_context(asking.local(service))
+
+        yield serve
+
+
+def test_answers_of_a_regression(serve_here: Callable[[making.Made], httpx.Client]) -> None:
+    client = serve_here(making.price())
     status, answer = ask(client, {"size": 100, "place": "EU"}, {"size": 50})
     assert status == 200
     assert set(answer) == {"predictions", "model"}
@@ -299,34 +310,33 @@ def test_answers_of_a_regression(tmp_path: Path) -> None:
     assert schemas["Row"]["required"] == ["size"]
 
 
-def test_a_whole_number_category_however_it_is_written(tmp_path: Path) -> None:
+def test_a_whole_number_category_however_it_is_written(serve_here: Callable[[making.Made], httpx.Client]) -> None:
     store = np.arange(48) % 4 + 1
     table = pa.table({"store": store, "busy": np.where(store % 2 == 1, "yes", "no")})
-    client = TestClient(Service(Predictor(making.made(table, "busy", {"store": "category"}).stage(tmp_path / "b")), 64))
+    client = serve_here(making.made(table, "busy", {"store": "category"}))
     _, answer = ask(client, *({"store": value} for value in (1, "1", 1.0, 2)))
     assert answer["predictions"] == ["yes", "yes", "yes", "no"]
     assert answer["probabilities"][0] == answer["probabilities"][1] == answer["probabilities"][2]
 
 
-def test_the_two_letters_na_are_a_category(tmp_path: Path) -> None:
+def test_the_two_letters_na_are_a_category(serve_here: Callable[[making.Made], httpx.Client]) -> None:
     country = np.array(["NA", "ZA", "FR", "US"] * 12)
     table = pa.table({"country": country, "late": np.where(country == "NA", "yes", "no")})
-    client = TestClient(Service(Predictor(making.made(table, "late", {"country": "category"}).stage(tmp_path / "b")), 64))
+    client = serve_here(making.made(table, "late", {"country": "category"}))
     assert ask(client, {"country": "NA"}, {"country": "ZA"})[1]["predictions"] == ["yes", "no"]
 
 
-def test_a_constant_column_served_with_another_value(tmp_path: Path) -> None:
+def test_a_constant_column_served_with_another_value(serve_here: Callable[[making.Made], httpx.Client]) -> None:
     signal = np.arange(22) - 10.5
     table = pa.table({"base": [-11.512925464970229] * 22, "signal": signal, "alarm": np.where(signal > 0, "yes", "no")})
-    bundle = making.made(table, "alarm", {"base": "number", "signal": "number"}).stage(tmp_path / "bundle")
-    client = TestClient(Service(Predictor(bundle), 64))
+    client = serve_here(making.made(table, "alarm", {"base": "number", "signal": "number"}))
     rows = [{"base": base, "signal": 5.0} for base in (-11.512925464970229, -10, 1e300)]
     assert ask(client, *rows)[1]["predictions"] == ["yes"] * 3
 
 
 def test_too_many_at_once_are_told_to_come_again(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "MAX_WAITING_BATCHES", 0)
-    with TestClient(Service(Predictor(fruit), 64)) as client:
+    with asking.local(Service(Predictor(fruit), 64)) as client:
         for answer in (client.post("/predict", json={"rows": [GOOD]}), client.get("/readyz")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             assert strict(answer)["status"] == 503
@@ -337,16 +347,18 @@ def test_an_answer_that_is_not_finite_is_a_failure_with_a_reason(fruit: Path) ->
     predictor = Predictor(fruit)
     with torch.no_grad():
         list(predictor._model.parameters())[-1].fill_(float("nan"))
-    answer = TestClient(Service(predictor, 64)).post("/predict", json={"rows": [GOOD]})
-    assert answer.status_code == 500
-    assert "not a finite number" in strict(answer)["detail"]
+    with asking.local(Service(predictor, 64)) as client:
+        status, answer = ask(client, GOOD)
+    assert status == 500
+    assert "not a finite number" in answer["detail"]
 
 
 def test_a_model_that_raises_is_a_failure_with_a_reason(fruit: Path) -> None:
     predictor = Predictor(fruit)
     predictor._model.forward = lambda *_: {}["secret"]
-    answer = TestClient(Service(predictor, 64)).post("/predict", json={"rows": [GOOD]})
-    assert (answer.status_code, strict(answer)["detail"]) == (500, "the model raised KeyError")
+    with asking.local(Service(predictor, 64)) as client:
+        status, answer = ask(client, GOOD)
+    assert (status, answer["detail"]) == (500, "the model raised KeyError")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +382,7 @@ def test_the_application_imports_no_data_and_no_training() -> None:
         "import sys, serve_app.app\n"
         "mine = {name.split('.')[1] for name in sys.modules if name.startswith('raylway.')}\n"
         "print(sorted(mine - {'bundle', 'models', 'features', 'runs', 'storage', 'job', 'errors'}))\n"
-        "print([name for name in ('ray.data', 'ray.train', 'pandas', 'sklearn') if name in sys.modules])\n"
+        "print([name for name in ('ray.data', 'ray.train', 'sklearn') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]

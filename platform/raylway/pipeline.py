@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raylway.features.prepared import Prepared
     from raylway.launch.capacity import Capacity
 
-_FREE_TO_CHANGE = {"storage": True, "serve": True, "train": {"workers", "resources", "checkpoint"}}
+_FREE_TO_CHANGE: Any = {"storage": True, "serve": True, "train": {"workers", "resources", "checkpoint"}}
 """Keys that may differ between two starts of one run: they change where and how it runs, not its result's meaning."""
 
 
@@ -56,12 +56,13 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
 
     check(loaded)
     with start.connect(reporter, loaded.import_paths) as capacity:
+        started_at = time.monotonic()
         prepared = data_prepare.prepare(loaded, root, reporter)
         if last == "prepare":
             return None
-        command = ["raylway", *sys.argv[1:]]
-        found.create(loaded.to_yaml(), loaded.job.name, fingerprint, loaded.job.seed, command)
+        found.create(loaded, fingerprint)
         with _only_one(found):
+            found.add_prepare(time.monotonic() - started_at)
             work = Work(loaded, found, prepared, capacity, reporter)
             for stage in wanted[1:]:
                 if not found.is_done(stage):

@@ -14,8 +14,8 @@ from raylway.data.csv_read import Reject
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import FEW_CLASSES
 from raylway.data.rowhash import hash_rows
+from raylway.features.expression import Expression
 from raylway.features.schema import canonical_text
-from raylway.features.transform import derived
 
 SKETCH = 4096
 """Different texts of a column are counted exactly up to so many; beyond, within about 2% (`distinct`)."""
@@ -28,6 +28,8 @@ class Rules(msgspec.Struct, frozen=True):
     """Decided type by source column."""
     derive: dict[str, str]
     """All derived columns, in order."""
+    places: dict[str, str]
+    """Where the job derives each, for messages."""
     target: str
     target_sources: list[str]
     """Source columns that the target is or derives from."""
@@ -76,7 +78,9 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     if rejects:
         ids = piece.table[ROW_ID].combine_chunks().to_numpy()
         valid = ~np.isin(ids, np.array([reject.row_id for reject in rejects], np.uint64))
-    full = derived(table, rules.derive)
+    full = table
+    for name, text in rules.derive.items():
+        full = full.append_column(name, Expression(text, rules.places[name]).evaluate(full))
     empty = {name: pc.is_null(full[name]).to_numpy() & valid for name in full.column_names if full[name].null_count}
     counts = {name: int(mask.sum()) for name, mask in empty.items()}
     missing = np.zeros(table.num_rows, bool)

@@ -269,7 +269,7 @@ def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Ite
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline="")
     # a cell that is still open at the end of the file swallows the sentinel: the csv module itself does not tell
-    reader = csv.reader(itertools.chain(lines, [_SENTINEL]), delimiter=head.delimiter)
+    reader = csv.reader(itertools.chain(lines, ["\n", _SENTINEL]), delimiter=head.delimiter)
     rows: list[list[str]] = []
     starts: list[int] = []
     rejects: list[Reject] = []

@@ -52,6 +52,7 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
     return Rules(
         types=types.of,
         derive=names.derive,
+        places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
         target=names.target,
         target_sources=sorted(names.target_sources),
         unused=hidden,

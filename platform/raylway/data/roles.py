@@ -132,6 +132,14 @@ def choose_features(
             found="; ".join(sentences) or f"columns: {', '.join(names.columns)}",
             fix="drop fewer columns, or list one under data.features.numeric or data.features.categorical",
         )
+    for name in (*numeric, *categorical):
+        if unfit := [read for read in sorted(names.reads(name)) if name in names.derive and types[read] == "bool"]:
+            raise UserError(
+                f"the feature {name!r} derives from {unfit[0]!r}, which holds true and false",
+                where=where,
+                expected="features derived from numbers and text: a served row holds nothing else",
+                fix=f"use {unfit[0]!r} itself, or write it as 0 and 1 in the source",
+            )
     needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
     return Roles(numeric, categorical, derive, sentences)

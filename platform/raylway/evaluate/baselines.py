@@ -50,9 +50,10 @@ def constant(prepared: Prepared, target: np.ndarray) -> Baseline:
 def start(prepared: Prepared, seed: int) -> ray.ObjectRef:
     """Start boosting beside whatever else runs; returns at once. Hand the result to `result`.
 
-    A task that dies is not tried again: where it needs too much memory it would take the next try's neighbours along.
+    It runs on one thread and claims no CPU, so that training workers which need all of them need not wait for it. A
+    task that dies is not tried again: where it needs too much memory it would take the next try's neighbours along.
     """
-    task = ray.remote(num_cpus=1, max_retries=0)(boosting)
+    task = ray.remote(num_cpus=0, max_retries=0)(boosting)
     return task.remote(str(prepared.folder), seed)
 
 

@@ -88,10 +88,9 @@ def answers(prepared: Prepared, bundle: Path, block_rows: int, stage: Stage) -> 
     expected = prepared.manifest.account.test
     if len(prepared.rows("test")) != expected:
         raise RunFailed(f"{prepared.folder}: the test shards do not hold the {expected:,} rows of the account")
-    blocks = [
-        {"start": start, "stop": min(start + block_rows, expected)} for start in range(0, expected, block_rows)
-    ]
+    blocks = [{"start": start, "stop": min(start + block_rows, expected)} for start in range(0, expected, block_rows)]
     parts = [_no_rows(prepared.manifest)]
+    stage.update(0, expected)
     try:
         for part in _computed(blocks, str(prepared.folder), str(bundle)):
             parts.append(part)

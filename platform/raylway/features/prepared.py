@@ -73,18 +73,20 @@ class Rows:
 
     Args:
         folder: The prepared folder.
-        shards: Shards of one split, in order.
+        shards: Shards of one split, in order; none for a split without rows.
+        schema: Of the shards.
         verify: Compare a shard's checksum when rows of it are first taken.
 
     Raises:
         RunFailed: A shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], verify: bool = False) -> None:
+    def __init__(self, folder: Path, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
         for shard in shards:
             _check_size(folder / shard.file, shard)
         self._unverified = {index: (folder / shard.file, shard) for index, shard in enumerate(shards)} if verify else {}
         tables = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all() for shard in shards]
+        tables = tables or [schema.empty_table()]
         self._numeric = [_matrix(table["numeric"], np.float32) for table in tables]
         self._categorical = [_matrix(table["categorical"], np.int32) for table in tables]
         self._target = [table["target"].combine_chunks().to_numpy() for table in tables]
@@ -144,7 +146,10 @@ class Prepared:
         return [shard for shard in self.manifest.shards if shard.split == split]
 
     def rows(self, split: SplitName, verify: bool = False) -> Rows:
-        return Rows(self.folder, self.shards(split), verify)
+        transform = self.manifest.transform
+        target = pa.int32() if transform.target.task == "classification" else pa.float64()
+        schema = shard_schema(len(transform.numeric), len(transform.categorical), target)
+        return Rows(self.folder, self.shards(split), schema, verify)
 
 
 def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) -> pa.Schema:

@@ -5,8 +5,8 @@ A function of the user's is called as
     function(num_numeric: int, category_counts: list[int], num_outputs: int, **args) -> torch.nn.Module
 
 and its module as `module(numeric, categorical)`: float32 [N, num_numeric] and int64 [N, len(category_counts)], where
-feature c has the codes 0 (unknown) to category_counts[c]. It returns [N, num_outputs] logits, one for each class, or for
-regression (num_outputs 1) [N] or [N, 1] standardised values. Importing this file imports no torch.
+feature c has the codes 0 (unknown) to category_counts[c]. It returns [N, num_outputs] logits, one for each class, or
+for regression (num_outputs 1) [N] or [N, 1] standardised values. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def build(wanted: ModelSpec | Model, transform: Transform) -> nn.Module:
     """The module, with the weights that torch's random numbers give it now.
 
     Raises:
-        UserError: The user's module or function is missing, does not take the arguments, or gives no module whose output
-            has the right shape. What the user's code itself raises passes through.
+        UserError: The user's module or function is missing, does not take the arguments, or gives no module whose
+            output has the right shape. What the user's code itself raises passes through.
     """
     import torch
 
     if isinstance(wanted, Model):
         wanted = spec(wanted)
-    facts = {
+    facts: dict[str, Any] = {
         "num_numeric": len(transform.numeric),
         "category_counts": [len(feature.categories) for feature in transform.categorical],
         "num_outputs": max(1, len(transform.target.classes)),

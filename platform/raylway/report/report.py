@@ -25,6 +25,8 @@ _MOST_CLASSES = 20
 """Of a confusion matrix that can be read; of more classes the most frequent confusions are listed."""
 _MOST_LISTED = 50
 _MOST_QUARANTINED = 20
+_AFTER_PREPARE = STAGES[1:-1]
+"""What can be unfinished: the prepared data is there, and this page is the last stage."""
 
 
 def write(run: Run, prepared: Prepared) -> Path:
@@ -43,9 +45,7 @@ def write(run: Run, prepared: Prepared) -> Path:
         .render(
             record=record,
             manifest=manifest,
-            unfinished=[
-                name for name in STAGES[:-1] if name not in record.stages or record.stages[name].status != "done"
-            ],
+            unfinished=[name for name in _AFTER_PREPARE if not run.is_done(name)],
             evaluation=evaluation,
             result=_result(evaluation, manifest) if evaluation else None,
             job=run.job.read_text(encoding="utf-8") if run.job.exists() else "",
@@ -53,7 +53,7 @@ def write(run: Run, prepared: Prepared) -> Path:
             balance=_balance(manifest),
             columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
-            training=training,
+            training={**training, **training.get("plan", {})},
             learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
             answers=_answers(run, evaluation),
             clock=_clock(record),

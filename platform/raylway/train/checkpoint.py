@@ -272,7 +272,7 @@ class Checkpoints:
         Raises:
             RunFailed: The weights are not finite, or the disk refuses.
         """
-        _refuse_not_finite(tensors, state.progress.step)
+        refuse_not_finite(tensors, state.progress.step)
         final = self._folder / name(state.progress.step, self._attempt)
         try:
             mine = self._write_tensors(final, tensors)
@@ -295,12 +295,12 @@ class Checkpoints:
     def _write_tensors(self, final: Path, tensors: dict[str, torch.Tensor]) -> list[File]:
         """Write this rank's share of the tensors under a name of its own, then move it into the checkpoint's folder."""
         # Here and not above: it takes a second, and evaluation and serving read checkpoints without it.
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         staged = self._folder / f".{final.name}-r{self._groups.rank}"
         writer = HuggingFaceStorageWriter(str(staged), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=self._groups.save)
+        save(dict(tensors), storage_writer=writer, process_group=self._groups.save)
         final.mkdir(parents=True, exist_ok=True)
         files = []
         for path in sorted(staged.glob("*.safetensors")):
@@ -348,11 +348,11 @@ def _chunks(path: Path) -> Iterator[Chunk]:
         yield Chunk(key, entry["dtype"], entry["shape"], places[key]["saved_offsets"])
 
 
-def _refuse_not_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
+def refuse_not_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
     """A finite gradient can still overflow the weights (a learning rate of 1e30); such weights are never kept."""
     for key, tensor in tensors.items():
         if key.startswith(MODEL) and not torch.isfinite(tensor).all():
             raise RunFailed(
-                f"training stopped after step {step}: {key.removeprefix(MODEL)} is not finite, so the next loss would be "
-                f"nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+                f"training stopped after step {step}: {key.removeprefix(MODEL)} is not finite, so the next loss would "
+                f"be nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
             )

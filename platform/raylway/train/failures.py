@@ -71,7 +71,8 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
         causes = [found.text[-1] for found in _events(run, _FAILED, Failure) if found.attempt == same[-1].attempt]
         cause = causes[0] if causes else "a worker's process ended without a word: killed, or out of memory"
         raise RunFailed(
-            f"training started {MOST_STARTS} times from step {from_step} and never got to a checkpoint; last cause: {cause}"
+            f"training started {MOST_STARTS} times from step {from_step} and never reached the next checkpoint; "
+            f"the last cause: {cause}"
         )
     attempt = 1 + max([used, *(start.attempt for start in starts)])
     run.log(_STARTED, **msgspec.structs.asdict(Attempt(attempt, launch, from_step, workers)))

@@ -30,7 +30,7 @@ from raylway.train.feed.order import random_seed
 from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
-from raylway.train.step import Wish, agree, forward_backward, gradient_norm, refuse_divergence
+from raylway.train.step import Wish, agree, forward_backward, gradient_norm, refuse_divergence, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
 
@@ -79,7 +79,7 @@ def train(run: Training, progress: Progress) -> Progress:
     while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
         started_at = time.monotonic()
         batch = run.feed.step(progress.step)
-        torch.manual_seed(random_seed(run.seed, progress.step, run.groups.rank))
+        seed_random(run.device, random_seed(run.seed, progress.step, run.groups.rank))
         rate = optim.learning_rate(run.job, plan, progress.updates)
         optim.set_learning_rate(optimizer, rate)
 

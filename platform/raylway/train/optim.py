@@ -13,14 +13,13 @@ from raylway.train.plan import Plan
 def optimizer(model: torch.nn.Module, wanted: schema.Optimizer) -> torch.optim.Optimizer:
     """The job's optimizer over the parameters of a model, with torch's own defaults for what the job does not name."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = {"weight_decay": wanted.weight_decay}
     match wanted.kind:
         case "adam":
-            return torch.optim.Adam(parameters, lr=wanted.lr, **decay)
+            return torch.optim.Adam(parameters, lr=wanted.lr, weight_decay=wanted.weight_decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=wanted.lr, **decay)
+            return torch.optim.AdamW(parameters, lr=wanted.lr, weight_decay=wanted.weight_decay)
         case "sgd":
-            return torch.optim.SGD(parameters, lr=wanted.lr, momentum=wanted.momentum, **decay)
+            return torch.optim.SGD(parameters, lr=wanted.lr, momentum=wanted.momentum, weight_decay=wanted.weight_decay)
 
 
 def learning_rate(train: schema.Train, plan: Plan, updates: int) -> float:

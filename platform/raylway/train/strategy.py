@@ -69,8 +69,8 @@ def parallel(module: nn.Module, groups: Groups) -> Parallel:
     """Wrap a model for data-parallel training. All ranks call it at once; rank 0's weights win."""
     if groups.workers == 1:
         return Parallel(module, module, 1)
-    # `find_unused_parameters` also keeps DDP from laying out its buckets anew after the first step. Their layout decides
-    # the order in which three or more ranks add, so a resumed run would otherwise differ in its last bits.
+    # `find_unused_parameters` also keeps DDP from laying out its buckets anew after the first step. Their layout
+    # decides the order in which three or more ranks add, so a resumed run would otherwise differ in its last bits.
     wrapped = nn.parallel.DistributedDataParallel(module, process_group=groups.step, find_unused_parameters=True)
     return Parallel(module, wrapped, groups.workers)
 

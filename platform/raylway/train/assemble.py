@@ -1,0 +1,136 @@
+"""From a job, its plan and a checkpoint to everything that the loop works with."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from raylway.errors import RunFailed
+from raylway.features.prepared import Prepared, SplitName
+from raylway.job.schema import Job
+from raylway.models import registry
+from raylway.runs.run import Run
+from raylway.train import checkpoint, optim, strategy
+from raylway.train.checkpoint import Checkpoints, Progress
+from raylway.train.feed.loader import Feed, Share
+from raylway.train.feed.order import Order
+from raylway.train.log import MetricsLog, NoLog
+from raylway.train.loop import Training
+from raylway.train.plan import Plan
+from raylway.train.precision import Precision
+from raylway.train.step import Wish
+from raylway.train.strategy import Groups
+from raylway.train.validate import Best, Validation
+from raylway.train.worker import Assignment, Start
+
+STOP_FILE = "stop"
+"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
+
+
+def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
+    """Model, data and settings in the state of the checkpoint that the start names. All ranks call it at once.
+
+    Raises:
+        UserError: The model can't be built or trained.
+        RunFailed: The data or the checkpoint is damaged.
+    """
+    found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
+    state = found.state if found else None
+    plan = msgspec.structs.replace(task.plan, microbatch=state.microbatch) if state else task.plan
+    device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
+    torch.set_num_threads(plan.cpus_per_worker)
+    prepared = Prepared(Path(task.prepared))
+    target = prepared.manifest.transform.target
+
+    module = seeded_model(job, prepared).to(device)
+    optimizer = optim.optimizer(module, job.train.optimizer)
+    precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
+    if found and state:
+        checkpoint.restore(found, module, optimizer)
+        precision.scaler.load_state_dict(state.scaler)
+    share = Share(groups.rank, groups.workers, plan.global_batch, plan.microbatch)
+
+    def feed(split: SplitName, seed: int | None, lanes: int) -> Feed:
+        order = Order([shard.rows for shard in prepared.shards(split)], seed, lanes)
+        return Feed(prepared.rows(split, verify=True), order, share, target, device)
+
+    validation = None
+    if plan.validate_every_steps is not None:
+        validation = Validation(feed("validation", None, 1), target, precision, groups)
+    assembled = Training(
+        job=job.train,
+        seed=job.seed,
+        task=target.task,
+        plan=plan,
+        groups=groups,
+        device=device,
+        model=strategy.parallel(module, groups),
+        optimizer=optimizer,
+        precision=precision,
+        feed=feed("train", job.seed, plan.lanes),
+        validation=validation,
+        checkpoints=Checkpoints(run.checkpoints, job.train.checkpoint.keep, start.attempt, groups, start.broken),
+        log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
+        wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+    )
+    return assembled, _with_whole_best(run, state.progress) if state else Progress()
+
+
+def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
+    """The model with the initial weights that the job's seed gives it: the same on every rank and machine.
+
+    Raises:
+        UserError: From `registry.build`, or for layers that mix rows.
+    """
+    random.seed(job.seed)
+    np.random.seed(job.seed)
+    torch.manual_seed(job.seed)
+    module = registry.build(job.model, prepared.manifest.transform)
+    strategy.refuse_batch_norm(module)
+    return module
+
+
+class Wishes:
+    """When rank 0 would like a checkpoint, and whether it was told to stop.
+
+    Args:
+        plan: How often.
+        stop_file: Being there is the word to stop.
+    """
+
+    def __init__(self, plan: Plan, stop_file: Path) -> None:
+        self._plan, self._stop_file = plan, stop_file
+        self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
+
+    def __call__(self, progress: Progress) -> Wish:
+        """For the step after `progress`."""
+        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop_file.exists())
+
+    def _save_is_due(self, step: int) -> bool:
+        if self._plan.checkpoint_every_steps is not None:
+            return step % self._plan.checkpoint_every_steps == 0
+        assert self._plan.checkpoint_every_s is not None
+        due = time.monotonic() >= self._due_at
+        if due:
+            self._due_at = time.monotonic() + self._plan.checkpoint_every_s
+        return due
+
+
+def _no_wish(progress: Progress) -> Wish:
+    return Wish()
+
+
+def _with_whole_best(run: Run, progress: Progress) -> Progress:
+    """A best checkpoint that was damaged since is forgotten, and the next validation makes a new one."""
+    try:
+        if progress.best_checkpoint:
+            checkpoint.opened(run.checkpoints / progress.best_checkpoint)
+    except RunFailed:
+        return msgspec.structs.replace(progress, best=Best(), best_checkpoint="")
+    return progress

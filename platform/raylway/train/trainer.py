@@ -1,0 +1,272 @@
+"""The driver's side of training: starts the workers through Ray Train, shows how far they are, and ends as they did.
+
+Ray Train restarts the group after a fault of a machine; all else about checkpoints and resuming is ours (`checkpoint`,
+`worker`). Each start has a Ray Train run of its own in a scratch folder, so a broken one of Ray's can't stop us.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from raylway.errors import RunFailed, UserError
+from raylway.features.prepared import Prepared
+from raylway.job.load import LoadedJob
+from raylway.runs.progress import Reporter, Stage
+from raylway.runs.run import Run
+from raylway.train import failures, worker
+from raylway.train.plan import Plan, plan
+
+_LOOK_EVERY_S = 0.2
+_STOP_WITHIN_S = 60.0
+
+
+class Capacity(Protocol):
+    """What the trainer asks of the cluster; `launch.capacity.Capacity` is one."""
+
+    @property
+    def gpus(self) -> float: ...
+
+    def refuse_impossible(self, workers: int, cpus: float, gpus: float, where: str) -> None: ...
+
+
+class TrainOutcome(msgspec.Struct, frozen=True):
+    best_step: int
+    best_value: float | None
+    """Of the job's metric; None without validation rows."""
+    best_checkpoint: str
+    """Name of the folder below `checkpoints` whose weights go into the bundle."""
+    last_step: int
+    last_checkpoint: str
+    updates: int
+    skipped: int
+    """fp16 steps whose gradient overflowed."""
+    stopped_early: bool
+    attempts: int
+    """Starts of the worker group, over all commands."""
+    elapsed_s: float
+    """Of this command."""
+    plan: Plan
+
+
+def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, reporter: Reporter) -> TrainOutcome:
+    """Train the job's model to the end, from the run's newest checkpoint if there is one.
+
+    Args:
+        loaded: The job.
+        run: Where checkpoints and metrics are written; every worker must see the folder.
+        prepared: The rows.
+        capacity: Of the connected cluster.
+        reporter: Shows step, loss, rate, learning rate and the remaining time.
+
+    Raises:
+        UserError: The job asks for what can't be, or the user's own model raised something.
+        RunFailed: The loss is not finite, or the workers failed again and again.
+        KeyboardInterrupt: After the checkpoint of the step at hand was written.
+    """
+    started_at = time.monotonic()
+    with reporter.stage("train") as stage:
+        planned = _planned(loaded, prepared, capacity)
+        _check_model(loaded, prepared)
+        reporter.note(_sentence(planned))
+        assigned = worker.assignment(
+            loaded.job, planned, run, prepared, loaded.import_paths, launch=secrets.token_hex(6)
+        )
+        report = _run(assigned, planned, run, stage, reporter)
+        if report.failure is not None:
+            raise report.failure.as_error()
+        outcome = TrainOutcome(
+            best_step=report.best_step,
+            best_value=report.best_value,
+            best_checkpoint=report.best_checkpoint,
+            last_step=report.step,
+            last_checkpoint=report.last_checkpoint,
+            updates=report.updates,
+            skipped=report.skipped,
+            stopped_early=report.stopped_early,
+            attempts=failures.attempts(run),
+            elapsed_s=time.monotonic() - started_at,
+            plan=planned,
+        )
+        stage.finish(_summary(outcome, loaded))
+    return outcome
+
+
+def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
+    manifest = prepared.manifest
+    try:
+        planned = plan(
+            loaded.job,
+            manifest.signature.task,
+            manifest.account.train,
+            manifest.account.validation,
+            len(manifest.transform.numeric),
+            len(manifest.transform.categorical),
+            capacity.gpus,
+        )
+    except UserError as error:
+        raise UserError(error.what, loaded.location(error.where), error.expected, error.found, error.fix) from None
+    capacity.refuse_impossible(
+        planned.workers, planned.cpus_per_worker, planned.gpus_per_worker, loaded.location("train.workers")
+    )
+    return planned
+
+
+def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
+    """Build the user's own model here once: a mistake in it shows now and not after the workers have started."""
+    if loaded.job.model.kind == "mlp":
+        return
+    from raylway.train.assemble import seeded_model
+
+    try:
+        seeded_model(loaded.job, prepared)
+    except UserError:
+        raise
+    except Exception as error:
+        mistake = failures.users_mistake(error, loaded.import_paths)
+        if mistake is None:
+            raise
+        raise mistake from None
+
+
+def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
+    """Run the workers in a thread, so that this one can show progress and hear Ctrl-C."""
+    from raylway.train.assemble import STOP_FILE
+
+    stop_file = run.folder / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    fitting = _Fit(assigned, planned)
+    follower = _Follower(run, planned, stage)
+    try:
+        fitting.start()
+        while fitting.is_alive():
+            fitting.join(_LOOK_EVERY_S)
+            follower.look()
+    except KeyboardInterrupt:
+        reporter.note("stopping: a checkpoint is written first; Ctrl-C again stops at once")
+        stop_file.touch()
+        fitting.join(_STOP_WITHIN_S)
+        raise
+    finally:
+        stop_file.unlink(missing_ok=True)
+    return fitting.report()
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit`; in the main thread it would take over Ctrl-C and exit with 0."""
+
+    def __init__(self, assigned: dict[str, Any], planned: Plan) -> None:
+        super().__init__(name="fit", daemon=True)
+        self._assigned, self._planned = assigned, planned
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._value = self._fit()
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            self._error = error
+
+    def report(self) -> worker.Report:
+        if self._error is not None:
+            raise RunFailed(f"Ray Train ended the run: {self._error}") from self._error
+        return msgspec.convert(self._value, worker.Report)
+
+    def _fit(self) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from raylway.train.strategy import TIMEOUT_S
+
+        planned = self._planned
+        resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
+        with tempfile.TemporaryDirectory(prefix="raylway-train-") as scratch:
+            trainer = TorchTrainer(
+                worker.work,
+                train_loop_config=self._assigned,
+                torch_config=TorchConfig(
+                    # A torch without NCCL refuses to hear of it.
+                    backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
+                    timeout_s=TIMEOUT_S,
+                ),
+                scaling_config=ScalingConfig(
+                    num_workers=planned.workers,
+                    use_gpu=planned.gpus_per_worker > 0,
+                    resources_per_worker={name: amount for name, amount in resources.items() if amount},
+                ),
+                run_config=RunConfig(
+                    name="run",
+                    storage_path=scratch,
+                    # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
+                    failure_config=FailureConfig(max_failures=-1),
+                    # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
+                    worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
+                ),
+            )
+            return trainer.fit().return_value
+
+
+class _Follower:
+    """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
+
+    def __init__(self, run: Run, planned: Plan, stage: Stage) -> None:
+        self._path: Path = run.metrics
+        self._planned, self._stage = planned, stage
+        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
+        self._validation: dict[str, float] = {}
+
+    def look(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            if file.seek(0, 2) < self._read:
+                self._read = 0  # a resumed run has cut it back
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+        steps = []
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self._read += len(line)
+            found = msgspec.json.decode(line)
+            if found["kind"] == "step":
+                steps.append(found)
+            else:
+                self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
+        if steps:
+            self._show(steps[-1])
+
+    def _show(self, step: dict[str, Any]) -> None:
+        loss = step["loss"] if step["loss"] is not None else math.nan
+        figures = {"loss": loss, "lr": step["lr"], "rows/s": round(step["rows_per_s"]), **self._validation}
+        if step["skipped"]:
+            figures["skipped"] = step["skipped"]
+        self._stage.update(step["step"], self._planned.total_steps, "steps", **figures)
+
+
+def _sentence(planned: Plan) -> str:
+    each = "GPU" if planned.gpus_per_worker else "CPU"
+    size = max(planned.gpus_per_worker, planned.cpus_per_worker if each == "CPU" else 0)
+    return (
+        f"training: {planned.total_steps:,} steps ({planned.epochs:.4g} epochs) of {planned.global_batch:,} rows, "
+        f"{planned.workers} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
+        f"{planned.accumulation}, {planned.precision}"
+    )
+
+
+def _summary(outcome: TrainOutcome, loaded: LoadedJob) -> str:
+    text = f"{outcome.last_step:,} steps"
+    if outcome.skipped:
+        text += f", {outcome.skipped} skipped"
+    if outcome.best_value is not None:
+        text += f", best {loaded.job.train.validation.best} {outcome.best_value:.4g} at step {outcome.best_step:,}"
+    if outcome.stopped_early:
+        text += ", stopped early"
+    return text + (f", {outcome.attempts} starts" if outcome.attempts > 1 else "")

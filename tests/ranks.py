@@ -1,0 +1,171 @@
+"""Training on bare torch processes: the real worker function over real gloo, without Ray.
+
+The processes are forked from a server that has imported torch once, so a group of ranks starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from made_prepared import make
+
+from raylway.features.prepared import Prepared
+from raylway.job.schema import Job
+from raylway.runs.run import Run
+from raylway.train import worker
+from raylway.train.plan import Plan, plan
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.checkpoint.hf_storage", "ranks"])
+
+
+@dataclass
+class Case:
+    """One job on prepared rows, in a folder of its own."""
+
+    folder: Path
+    prepared: Prepared
+    train: dict[str, Any]
+    """The job's section."""
+    model: dict[str, Any] = field(default_factory=dict)
+    import_paths: list[str] = field(default_factory=list)
+    seed: int = 42
+
+    @property
+    def run(self) -> Run:
+        run = Run(self.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return run
+
+    @property
+    def job(self) -> Job:
+        return Job.model_validate(
+            {
+                "name": "case",
+                "seed": self.seed,
+                "data": {"source": "rows.csv", "target": self.prepared.manifest.signature.target},
+                "model": self.model,
+                "train": self.train,
+            }
+        )
+
+    def plan(self, workers: int) -> Plan:
+        manifest = self.prepared.manifest
+        job = self.job.model_copy(update={"train": self.job.train.model_copy(update={"workers": workers})})
+        return plan(
+            job,
+            manifest.signature.task,
+            manifest.account.train,
+            manifest.account.validation,
+            len(manifest.transform.numeric),
+            len(manifest.transform.categorical),
+            0,
+        )
+
+    def assignment(self, workers: int, launch: str = "launch") -> dict[str, Any]:
+        return worker.assignment(self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The step lines of metrics.jsonl."""
+        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
+        return [line for line in lines if line["kind"] == "step"]
+
+    def weights(self, checkpoint: str) -> dict[str, np.ndarray]:
+        from raylway.train.checkpoint import load_model
+
+        return {name: tensor.numpy() for name, tensor in load_model(self.run.checkpoints / checkpoint).items()}
+
+
+def table(rows: int, seed: int = 0) -> pa.Table:
+    """Two numbers, a category, and a label that follows from them."""
+    draw = np.random.default_rng(seed)
+    u, v = draw.normal(size=rows), draw.normal(size=rows)
+    kind = np.array(["a", "b", "c"])[draw.integers(0, 3, rows)]
+    label = np.where(u + v + (kind == "a") > 0, "yes", "no")
+    label[:2] = ["yes", "no"]
+    return pa.table({"u": u, "v": v, "kind": kind, "label": label})
+
+
+def prepared(folder: Path, train: int, validation: int = 0, target: str = "label") -> Prepared:
+    """Rows as `table` makes them; with target `v` it is a regression."""
+    splits = {"train": table(train, 1), "validation": table(max(2, validation), 2), "test": table(2, 3)}
+    splits["validation"] = splits["validation"].slice(0, validation)
+    if target != "label":
+        splits = {name: part.drop_columns(["label"]) for name, part in splits.items()}
+    return make(folder, splits, target)
+
+
+class Ranks:
+    """The processes of one group.
+
+    Args:
+        assignments: Done one after the other by every rank.
+        workers: How many ranks.
+        folder: For the rendezvous.
+    """
+
+    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
+        self._pipes, self.processes = [], []
+        for rank in range(workers):
+            mine, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_rank, args=(assignments, rank, workers, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self.processes.append(process)
+
+    def results(self, timeout_s: float = 120) -> list[list[Any]]:
+        """For each rank its reports; an exception's text instead of the report where one was raised, `None` where the
+        process died."""
+        found: list[list[Any]] = []
+        deadline = time.monotonic() + timeout_s
+        for pipe, process in zip(self._pipes, self.processes, strict=True):
+            try:
+                assert pipe.poll(max(0.0, deadline - time.monotonic())), "a rank hangs"
+                found.append(pipe.recv())
+            except EOFError:
+                found.append([None])
+            process.join(30)
+        return found
+
+
+def run(*assignments: dict[str, Any], workers: int, folder: Path) -> list[list[worker.Report]]:
+    """Do the assignments on a fresh group; for each rank its reports."""
+    results = Ranks(list(assignments), workers, folder).results()
+    assert all(isinstance(report, dict) for reports in results for report in reports), results
+    return [[msgspec.convert(report, worker.Report) for report in reports] for reports in results]
+
+
+def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
+    """Train a case to its end; every rank must report the same."""
+    reports = [mine[0] for mine in run(case.assignment(workers, launch), workers=workers, folder=case.folder)]
+    assert all(report.failure is None for report in reports), reports[0].failure
+    assert len({(report.step, report.updates, report.best_step) for report in reports}) == 1
+    return reports[0]
+
+
+def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
+    reports: list[Any] = []
+    for assignment in assignments:
+        try:
+            reports.append(worker.work(assignment))
+        except Exception as error:  # noqa: BLE001 - the test judges it
+            reports.append(f"{type(error).__name__}: {error}")
+            break
+    pipe.send(reports)
+    pipe.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,425 @@
+"""Where a job runs: the embedded Ray and its end, tokens, capacity, and how a submitted job is followed."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from commands import REPOSITORY, environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylway.errors import RunFailed, UserError
+from raylway.launch import auth, jobs, worker_setup
+from raylway.launch.capacity import Capacity, Node, NodeType, capacity, require_shared
+
+DRIVER = """
+import os, sys, time
+from pathlib import Path
+from raylway.launch import start
+from raylway.runs.progress import Reporter
+
+with start.connect(Reporter(), [str(Path.cwd() / "modules")]) as have:
+    import ray
+
+    @ray.remote
+    def work():
+        import mine
+        print(mine.WORD, flush=True)
+        print("not for people", file=sys.stderr, flush=True)
+        return os.environ.get("RAY_AUTH_MODE")
+
+    print("mode", ray.get(work.remote()), "cpus", have.cpus == ray.cluster_resources()["CPU"], flush=True)
+    time.sleep(300)
+"""
+
+
+def processes(mark: str) -> list[str]:
+    """Command lines of the living processes that inherited an environment variable."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"MARK={mark}\0" in (entry / "environ").read_text():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return [line for line in found if line]
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
+    """A process of a user who has no token yet, inside `connect`, with a worker that has run."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "mine.py").write_text("WORD = 'a word of the user'\n")
+    mark = tmp_path.name
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        cwd=tmp_path,
+        env={**environment(), "HOME": str(tmp_path), "MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "err").open("w"),
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mode token cpus True\n", (tmp_path / "err").read_text()
+        yield process, mark, tmp_path
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_embedded_ray_ends_with_its_process(
+    driver: tuple[subprocess.Popen[str], str, Path], number: signal.Signals
+) -> None:
+    process, mark, folder = driver
+    started = processes(mark)
+    assert any("gcs_server" in line for line in started)
+    assert any("ray::" in line for line in started)
+    (home,) = {word for line in started for word in re.findall(r"/tmp/raylway-\w+", line)}
+    process.send_signal(number)
+    code = process.wait(30)
+    deadline = time.monotonic() + 20
+    while left := processes(mark):
+        assert time.monotonic() < deadline, left
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert not Path(home).exists()
+        # Python reports an interrupt that nobody caught as death by the signal; the command line turns it into 130.
+        assert code == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143}[number]
+    told = (folder / "err").read_text()
+    assert re.search(r"worker \d+: a word of the user", told)
+    assert "not for people" not in told
+    assert "WARNING" not in told
+    token = folder / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert len(token.read_text()) == 64
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without a token, and a process that has not looked for one yet."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    return tmp_path
+
+
+def test_a_token_that_ray_made_readable_becomes_private(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = home / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("a" * 64)
+    file.chmod(0o644)
+    auth.prepare_to_join()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert (file.stat().st_mode & 0o777, file.read_text()) == (0o600, "a" * 64)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+
+
+def test_a_mode_that_the_user_chose_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    auth.prepare_local()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert not (home / ".ray").exists()
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_named_token_file_must_be_usable(home: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
+    if content is not None:
+        (home / "t").write_text(content)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "t"))
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH"):
+        auth.prepare_to_join()
+
+
+def server(answer: bytes, code: int = 200) -> Any:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    running = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    return running
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "expected"),
+    [
+        (b'{"authentication_mode": "token"}', 200, "asks for a token and there is none"),
+        (b"<html>", 200, "no Ray job server answers"),
+        (b"[]", 200, "no Ray job server answers"),
+        (b"", 500, "HTTP 500"),
+    ],
+)
+def test_what_stands_at_the_address_is_found_out_first(home: Path, answer: bytes, code: int, expected: str) -> None:
+    running = server(answer, code)
+    url = f"http://127.0.0.1:{running.server_port}"
+    try:
+        with pytest.raises(UserError, match=expected) as raised:
+            auth.prepare_to_join(url)
+    finally:
+        running.shutdown()
+        running.server_close()
+    assert raised.value.where == url
+
+
+def test_an_open_cluster_needs_no_token(home: Path) -> None:
+    running = server(b'{"authentication_mode": "disabled"}')
+    auth.prepare_to_join(f"http://127.0.0.1:{running.server_port}")
+    running.shutdown()
+    running.server_close()
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_workers_that_never_fit_are_refused() -> None:
+    two = Capacity([Node("a", 4, 1), Node("b", 3, 0)])
+    assert [two.most_workers(2, 0), two.most_workers(3, 0), two.most_workers(1, 1), two.most_workers(5, 0)] == [
+        3,
+        2,
+        1,
+        0,
+    ]
+    two.refuse_impossible(3, 2, 0)
+    with pytest.raises(UserError, match=r"x\.yaml:3: 4 workers of 2 CPU each can never run at once here") as raised:
+        two.refuse_impossible(4, 2, 0, where="x.yaml:3")
+    assert "at most 3" in str(raised.value)
+    assert "2 nodes, 7 CPUs, 1 GPUs" in str(raised.value)
+
+
+def test_an_autoscaler_counts_within_its_bounds() -> None:
+    head = Node("h", 1, 0, is_head=True)
+    kinds = [NodeType("small", Node("", 2, 0), 3), NodeType("big", Node("", 8, 0), 1)]
+    assert Capacity([head], kinds, most_nodes=2).most_workers(2, 0) == 4 + 1
+    assert Capacity([head], kinds, most_nodes=9).most_workers(2, 0) == 4 + 3
+    assert Capacity([head], kinds, most_nodes=9).most_workers(1, 0) == 1 + 8 + 6
+    # A running machine that the autoscaler started is one of those it may start.
+    assert Capacity([head, Node("w", 8, 0)], kinds, most_nodes=9).most_workers(2, 0) == 4 + 3
+
+
+def test_the_launchers_file_says_what_may_come(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    have = capacity(joined=True)
+    assert (have.cpus, have.hosts, have.most_workers(1, 0)) == (4, 1, 4)
+    (tmp_path / "ray_bootstrap_config.yaml").write_text((REPOSITORY / "cluster" / "aws.yaml").read_text())
+    assert capacity(joined=False).most_workers(1, 1) == 0
+    have = capacity(joined=True)
+    assert have.most_workers(1, 1) == 4 * 4
+    assert "up to 4 gpu (48 CPUs, 4 GPUs)" in have.describe()
+    require_shared(tmp_path)  # one machine shares with itself
+
+
+def test_a_worker_finds_the_users_modules_and_its_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    asked = worker_setup.runtime_env([str(tmp_path / "jobs"), str(tmp_path), "/elsewhere"])
+    assert "py_modules" not in asked  # the job brought the packages
+    other = tmp_path / "unpacked"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    for name, value in asked["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    worker_setup.prepare_worker()
+    assert sys.path[:3] == [str(other / "jobs"), str(other), "/elsewhere"]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_interfaces_are_found_by_address() -> None:
+    assert worker_setup.interface_of("127.0.0.1") == "lo"
+    assert worker_setup.interface_of("203.0.113.77") is None
+    assert worker_setup.interface_of("::1") is None
+
+
+def test_a_host_whose_name_is_loopback_names_its_interface(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.9")
+    monkeypatch.setattr(worker_setup, "interface_of", {"192.0.2.9": "eth7"}.get)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("192.0.2.9", 0))])
+    worker_setup.prefer_node_address()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    worker_setup.prefer_node_address()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_what_travels_is_what_ray_packs(tmp_path: Path) -> None:
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    folder = tmp_path / "work"
+    for name in ("a.py", "secret.env", "big.bin", "deep/b.txt", "deep/skipped.log", ".venv/x", ".git/y", "runs/z"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name * 10)
+    (folder / ".gitignore").write_text("secret.env\nruns/\n")
+    (folder / ".rayignore").write_text("big.bin\n")
+    (folder / "deep" / ".gitignore").write_text("*.log\n")
+    package = tmp_path / "p.zip"
+    create_package(str(folder), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    with zipfile.ZipFile(package) as packed:
+        expected = {each.filename: each.compress_size for each in packed.infolist()}
+    found = {str(path.relative_to(folder)): size for path, size in jobs._travelling(folder)}
+    assert found == expected
+    assert set(found) == {"a.py", "deep/b.txt", ".gitignore", ".rayignore", "deep/.gitignore"}
+
+
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: Path) -> None:
+    for name, mib in (("data.bin", 90), ("old.bin", 11), ("ignored.bin", 500)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(mib << 20)  # no disk is used
+    (tmp_path / ".rayignore").write_text("ignored.bin\n")
+    with pytest.raises(UserError, match="too large") as raised:
+        jobs._check_size(tmp_path)
+    text = str(raised.value)
+    assert "101 MiB" in text
+    assert text.index("90.0 MiB  data.bin") < text.index("11.0 MiB  old.bin")
+    assert "ignored.bin" not in text
+    (tmp_path / ".rayignore").write_text("ignored.bin\nold.bin\n")
+    jobs._check_size(tmp_path)
+
+
+class BreakingClient:
+    """A job server whose log stream breaks after given numbers of characters, each time from the log's start."""
+
+    def __init__(self, log: str, breaks: list[int], chunk: int, status: str, code: int | None = None) -> None:
+        self.log, self.breaks, self.chunk = log, breaks, chunk
+        self.info = SimpleNamespace(
+            status=Status("RUNNING"), message="x, last available logs: y", driver_exit_code=code
+        )
+        self.last = status
+
+    def get_job_info(self, _: str) -> SimpleNamespace:
+        return self.info
+
+    def get_job_logs(self, _: str) -> str:
+        return self.log
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        stop = self.breaks.pop(0) if self.breaks else None
+        for place in range(0, len(self.log[:stop]), self.chunk):
+            yield self.log[:stop][place : place + self.chunk]
+        if stop is not None:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        self.info.status = Status(self.last)
+
+
+class Status(str):
+    __slots__ = ()
+
+    def is_terminal(self) -> bool:
+        return self in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    log=st.text(alphabet="ab\né😀", max_size=60),
+    breaks=st.lists(st.integers(0, 60), max_size=5),
+    chunk=st.integers(1, 17),
+)
+def test_a_log_is_printed_once_however_often_its_stream_breaks(log: str, breaks: list[int], chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_RETRY_S", 0)
+        printed: list[str] = []
+        patch.setattr(sys, "stdout", SimpleNamespace(write=printed.append, flush=lambda: None))
+        follower = jobs._Follower(BreakingClient(log, breaks, chunk, "SUCCEEDED"), "j")  # type: ignore[arg-type]
+        assert asyncio.run(follower.follow()) == 0
+        assert "".join(printed) == log
+
+
+@pytest.mark.parametrize(
+    ("status", "driver_code", "expected", "word"),
+    [
+        ("SUCCEEDED", 0, 0, "succeeded"),
+        ("FAILED", 2, 2, "failed: x"),
+        ("FAILED", None, 1, "failed: x"),
+        ("STOPPED", None, 1, "was stopped"),
+        ("STOPPED", 143, 1, "was stopped"),
+    ],
+)
+def test_submit_ends_as_the_job_did(
+    status: str,
+    driver_code: int | None,
+    expected: int,
+    word: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "_RETRY_S", 0)
+    client = BreakingClient("line\n", [], 9, status, driver_code)
+    assert asyncio.run(jobs._Follower(client, "job1").follow()) == expected  # type: ignore[arg-type]
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("line\n", f"job1 {word}\n")
+
+
+def test_a_job_that_waits_says_why_and_a_lost_cluster_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_RETRY_S", 0)
+    monkeypatch.setattr(jobs, "_PENDING_NOTE_S", 0)
+    monkeypatch.setattr(jobs, "_CONTACT_LOST_S", 0)
+    client = BreakingClient("", [], 1, "RUNNING")
+    client.info.status, client.info.message = Status("PENDING"), "waiting for resources"
+    answers = iter([client.info, client.info])
+
+    def get_job_info(_: str) -> SimpleNamespace:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise ConnectionResetError("gone") from None
+
+    monkeypatch.setattr(client, "get_job_info", get_job_info)
+    with pytest.raises(RunFailed, match="job1 may still be running"):
+        asyncio.run(jobs._Follower(client, "job1").follow())  # type: ignore[arg-type]
+    assert "still pending after 0 s: waiting for resources" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://127.0.0.1:10001"])
+def test_jobs_go_to_the_dashboard(address: str) -> None:
+    with pytest.raises(UserError, match="dashboard"):
+        jobs._url(address)
+
+
+def test_an_address_that_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert jobs._url(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://there:1/")
+    assert jobs._url(None) == "http://there:1"
+    assert jobs._url("https://here:2") == "https://here:2"
+
+
+def test_the_job_file_must_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inside").mkdir()
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps({"name": "j", "data": {"source": "x.csv", "target": "y"}}))
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(UserError, match="doesn't travel"):
+        jobs.submit(Path("../job.yaml"), "http://127.0.0.1:1", [])

@@ -1,0 +1,110 @@
+"""The order of rows as properties: each row once an epoch, the same for any number of workers, after any resume."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylway.train.feed.order import Order, num_microbatches, random_seed, share
+
+SHARDS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
+LANES = st.sampled_from([1, 2, 5, 64])
+
+
+def epoch(order: Order, number: int, batch: int) -> list[np.ndarray]:
+    """Positions of each step of one epoch, over all ranks."""
+    steps = math.ceil(order.num_rows / batch)
+    return [order.positions(number * steps + index, batch) for index in range(steps)]
+
+
+@given(shards=SHARDS, lanes=LANES, seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 50), number=st.integers(0, 3))
+def test_each_row_is_seen_once_an_epoch(shards: list[int], lanes: int, seed: int, batch: int, number: int) -> None:
+    order = Order(shards, seed, lanes)
+    steps = epoch(order, number, batch)
+    assert sorted(np.concatenate(steps)) == list(range(sum(shards)))
+    assert all(len(rows) == batch for rows in steps[:-1])
+    assert [len(rows) for rows in steps] == [order.step_rows(number * len(steps) + at, batch) for at in range(len(steps))]
+
+
+@given(
+    shards=SHARDS,
+    lanes=LANES,
+    batch=st.integers(1, 50),
+    step=st.integers(0, 60),
+    workers=st.integers(1, 9),
+    microbatch=st.integers(1, 9),
+)
+def test_ranks_divide_the_same_global_batch(
+    shards: list[int], lanes: int, batch: int, step: int, workers: int, microbatch: int
+) -> None:
+    """Each rank asks an order of its own, at once for this step: what a resumed run does."""
+    whole = Order(shards, 7, lanes)
+    for earlier in range(step):
+        whole.positions(earlier, batch)
+    parts = [Order(shards, 7, lanes).positions(step, batch, rank, workers) for rank in range(workers)]
+    assert np.concatenate(parts).tolist() == whole.positions(step, batch).tolist()
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    # Every rank makes as many passes, and a pass holds no more rows than it may.
+    passes = num_microbatches(sum(sizes), workers, microbatch)
+    for size in sizes:
+        bounds = [share(size, part, passes) for part in range(passes)]
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == size
+        assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+        assert all(stop - start <= microbatch for start, stop in bounds)
+
+
+@given(shards=SHARDS, lanes=LANES)
+def test_epochs_and_seeds_differ(shards: list[int], lanes: int) -> None:
+    shards = [*shards, 200]
+    orders = [
+        np.concatenate(epoch(Order(shards, seed, lanes), number, 16)).tolist() for seed in (0, 1) for number in (0, 1)
+    ]
+    assert len({tuple(rows) for rows in orders}) == 4
+
+
+def test_all_of_small_data_is_one_window() -> None:
+    """Every row can come first: a first step over many seeds draws from all rows alike."""
+    first = [Order([50, 50], seed).positions(0, 1)[0] for seed in range(2_000)]
+    counts = np.bincount(first, minlength=100)
+    # A binomial count with mean 20 stays within 6 standard deviations.
+    assert counts.min() > 0
+    assert counts.max() < 20 + 6 * math.sqrt(20)
+
+
+def test_a_lane_of_large_data_holds_one_window_at_a_time() -> None:
+    shards = [100] * 640
+    order = Order(shards, 3, 64)
+    held = set()
+    for step in range(20):
+        order.positions(step, 64)
+        held.add(max(len(rows) for _, rows in order._held.values()))
+    assert held == {200}
+    # A rank of many touches few lanes.
+    mine = Order(shards, 3, 64)
+    for step in range(20):
+        mine.positions(step, 64, rank=3, workers=16)
+    assert len(mine._held) <= 64 // 16 + 2
+
+
+@settings(max_examples=20)
+@given(shards=SHARDS, batch=st.integers(1, 50))
+def test_without_a_seed_rows_stay_in_their_order(shards: list[int], batch: int) -> None:
+    assert np.concatenate(epoch(Order(shards, None), 2, batch)).tolist() == list(range(sum(shards)))
+
+
+def test_the_order_is_written_down() -> None:
+    """A version that shuffles otherwise can't resume the runs of this one: raise the format of checkpoints then."""
+    assert Order([5, 9, 1, 8], 3).positions(0, 4).tolist() == [19, 11, 15, 20]
+    assert Order([5, 9, 1, 8], 3, 2).positions(0, 4).tolist() == [14, 13, 22, 19]
+
+
+@given(step=st.integers(0, 2**40), rank=st.integers(0, 2**20))
+def test_random_seeds_differ_by_step_and_rank(step: int, rank: int) -> None:
+    seeds = {random_seed(1, *place) for place in ((step, rank), (step + 1, rank), (step, rank + 1))}
+    assert len(seeds) == 3
+    assert all(0 <= seed < 2**63 for seed in seeds)

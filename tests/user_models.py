@@ -1,0 +1,115 @@
+"""Models as a user writes them, and as faults would have them: they record what they see, break, or kill their process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FOLDER = str(Path(__file__).parent)
+"""For `import_paths`."""
+
+
+class Net(nn.Module):
+    """A small network over numbers and one category, in float64."""
+
+    def __init__(self, width: int, outputs: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, 5).double()
+        self.table = nn.Embedding(4, 5).double()
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(5, outputs).double()
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.hidden(numeric.double()) + self.table(categorical[:, 0]))
+        return self.out(self.dropout(hidden))
+
+
+def net(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    return Net(num_numeric, num_outputs)
+
+
+class Watched(Net):
+    """Does something before a forward pass in training, counted from 1 in this process."""
+
+    def __init__(self, width: int, outputs: int, dropout: float, acts: dict[str, Any]) -> None:
+        super().__init__(width, outputs, dropout)
+        self._acts, self._passes = acts, 0
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self._passes += 1
+            self._act(_rank())
+            if "record" in self._acts:
+                with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
+                    file.write(json.dumps(numeric[:, 0].tolist()) + "\n")
+        return super().forward(numeric, categorical)
+
+    def _act(self, rank: int) -> None:
+        acts = self._acts
+        if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
+            return
+        if "once" in acts:
+            marker = Path(acts["once"])
+            if marker.exists():
+                return
+            marker.write_text(str(os.getpid()))
+        match acts["act"]:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "raise":
+                raise KeyError("a mistake of the user's")
+            case "fault":
+                raise OSError("a machine's fault")
+
+
+def watched(
+    num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
+) -> nn.Module:
+    """Args:
+    act: `kill`, `raise` or `fault`.
+    at: On which forward pass of the process.
+    rank: Of which rank; all if left out.
+    once: A file that is made by the act, and prevents another.
+    record: A folder for the rows that were seen.
+    """
+    return Watched(num_numeric, num_outputs, dropout, acts)
+
+
+def overflowing(
+    num_numeric: int, category_counts: list[int], num_outputs: int, attempts: list[int], rank: int | None = None
+) -> nn.Module:
+    """The first parameter's gradient becomes infinite on these backward passes, counted from 1, without touching data."""
+    model = nn.Sequential(nn.Linear(num_numeric, 4), nn.ReLU(), nn.Linear(4, num_outputs))
+    passes = 0
+
+    def infinite(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return gradient * math.inf if passes in attempts and rank in (None, _rank()) else gradient
+
+    next(model.parameters()).register_hook(infinite)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+            return self.layers(numeric)
+
+    return Model()
+
+
+def raising(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    raise ZeroDivisionError("while it is built")
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
