@@ -75,7 +75,7 @@ def server(bundle: Path, folder: Path, **settings: str) -> Iterator[Server]:
     port, log = free_port(), folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*__import__("os").environ.get("STRACE","").split(), sys.executable, "-c", _SERVE, str(bundle), str(port)],
+            [sys.executable, "-c", _SERVE, str(bundle), str(port)],
             env=environment() | settings,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -63,13 +63,13 @@ def raise_the_format(folder: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "does not match its checksum": flip_a_bit,
-    "expected 113": truncate,
+    "bytes, found": truncate,
     "found no file": lambda folder: (folder / SHARD).unlink(),
     "state.json": change_the_state,
     "not finished": lambda folder: (folder / "manifest.json").unlink(),
     "damaged or of another version": cut_the_manifest,
     "reads format 1": raise_the_format,
-    "found no file ": lambda folder: (folder / "state.json").unlink(),
+    "bytes, found no file": lambda folder: (folder / "state.json").unlink(),
 }
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(case: ranks.Case, words: 
     assert found is not None
     assert found.manifest.step == 5
     assert list(broken) == [last.name]
-    assert words.strip() in broken[last.name]
+    assert words in broken[last.name]
     with pytest.raises(RunFailed):
         checkpoint.load_model(last)
 
@@ -132,12 +132,12 @@ def test_a_finished_run_makes_no_step(case: ranks.Case) -> None:
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    """A rate that grows a run worse and worse: its best validation is early, and outlives the newer ones."""
+    """Large jumps: the best validation is early, and outlives the newer checkpoints."""
     train = {
         "for": "12 steps",
         "global_batch": 8,
         "clip": None,
-        "optimizer": {"kind": "sgd", "lr": 300.0},
+        "optimizer": {"kind": "adam", "lr": 0.5},
         "validate": {"every": "1 steps"},
         "checkpoint": {"every": "1 steps", "keep": 2},
     }

@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
     st.integers(1, 40),
     st.booleans(),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_csv_writes_is_read_back_in_ranges_and_streams(folder, rows, line_end, quoting, step, bom):
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator=line_end, quoting=quoting)
@@ -91,7 +91,7 @@ def test_what_csv_writes_is_read_back_in_ranges_and_streams(folder, rows, line_e
 @example('1,5" pipe\n2,6" pipe\n', 3)
 @example("1,a\r2,b\r3,c", 5)
 @example('"a"b,c\n\n\n"x\r\ny",z\r\n', 2)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_text_is_read_as_the_csv_module_reads_it(folder, text, step):
     path = folder / "any.csv"
     path.write_bytes(("p,q\n" + text).encode())

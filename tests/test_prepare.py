@@ -339,22 +339,16 @@ def test_whole_numbers_as_categories_have_one_name(tmp_path):
 
 
 def test_derived_columns_and_what_they_leave(tmp_path):
-    frame = pd.DataFrame(
-        {
-            "dep": range(100),
-            "arr": [n + n % 30 for n in range(100)],
-            "dist": [n % 7 for n in range(100)],
-            "size": [3] * 100,
-        }
-    )
+    frame = pd.DataFrame({"dep": range(100), "arr": [n + n % 30 for n in range(100)], "size": [3] * 100})
+    frame["dist"] = frame["dep"] % 7
     frame.to_csv(tmp_path / "rows.csv", index=False)
     derive = {"late": "gap > 15", "gap": "arr - dep", "per": "dist / size", "speed": "dist / gap", "far": "dist > 3"}
     found = prepared(tmp_path, {"source": "rows.csv", "target": "late", "derive": derive})
     transform = found.manifest.transform
-    assert transform.feature_names == ["dist", "size", "per", "far"]
+    assert transform.feature_names == ["size", "dist", "per", "far"]
     assert transform.derive == {"per": "dist / size", "far": "dist > 3"}
     assert [(each.name, each.type) for each in found.manifest.signature.inputs] == [
-        ("dep", "number"),
+        ("size", "number"),
         ("dist", "number"),
     ]
     assert found.manifest.signature.classes == ["false", "true"]

@@ -65,7 +65,7 @@ def test_a_small_source_is_judged_exactly_and_without_ray_or_torch(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zip", "parquet"])
-def test_a_large_source_is_estimated(tmp_path, ending, monkeypatch):
+def test_a_large_source_is_estimated(tmp_path, ending):
     frame = table(30_000)
     if ending == "parquet":
         frame.to_parquet(tmp_path / "rows.parquet", row_group_size=5_000)
@@ -73,7 +73,8 @@ def test_a_large_source_is_estimated(tmp_path, ending, monkeypatch):
         frame.to_csv(tmp_path / f"rows.{ending}", index=False)
     found = sources.sample(job(tmp_path, {"source": f"rows.{ending}", "target": "sold"}), max_bytes=100_000)
     assert not found.exact and found.rows_read < 15_000
-    assert found.rows == pytest.approx(30_000, rel=0.25)
+    # a gzip file tells how far it was read by the block only
+    assert found.rows == pytest.approx(30_000, rel=0.5 if ending == "csv.gz" else 0.25)
     assert found.train + found.validation + found.test == found.rows
     assert (found.task, found.classes) == ("classification", ["no", "yes"])
     assert found.categorical == ["colour"] and any("'note' is no feature" in text for text in found.decisions)
@@ -150,6 +151,13 @@ def test_what_a_mistake_in_the_data_gets(tmp_path, text, top, words):
     (tmp_path / "rows.csv").write_text(text)
     shown = refusal(tmp_path, {"source": "rows.csv", "target": "y"}, **top)
     assert all(word in shown for word in words), shown
+
+
+def test_a_feature_derived_from_truth_values_is_refused(tmp_path):
+    pd.DataFrame({"flag": [True, False] * 9, "n": range(18), "y": ["a", "b"] * 9}).to_parquet(tmp_path / "rows.parquet")
+    data = {"source": "rows.parquet", "target": "y"}
+    assert sources.sample(job(tmp_path, data)).categorical == ["flag"]
+    assert "'off' derives from 'flag'" in refusal(tmp_path, data | {"derive": {"off": "not flag"}})
 
 
 def test_files_of_a_set_must_agree_on_columns_and_format(tmp_path):

@@ -62,7 +62,7 @@ def _add(lanes: np.ndarray, words: np.ndarray) -> None:
 
 
 def _text_words(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [2, N]: both halves of each text's hash, 0 for a missing one; and the first half for the distinct texts."""
+    """uint64 [2, N]: both halves of each text's hash, 0 for a missing one; and the first half of the distinct ones."""
     encoded = column.dictionary_encode()
     digests = [xxhash.xxh3_128_intdigest(text) for text in encoded.dictionary.cast(pa.binary()).to_pylist()]
     halves = np.array([(digest & (2**64 - 1), digest >> 64) for digest in digests] + [(0, 0)], np.uint64).T
