@@ -63,20 +63,15 @@ class Server:
     def said(self) -> str:
         return self.log.read_text()
 
-    def stop(self, number: int = signal.SIGINT) -> int:
-        """As a terminal does on Ctrl-C: the whole group of processes gets the signal."""
-        os.killpg(self.process.pid, number)
-        return self.process.wait(60)
-
 
 @contextmanager
-def server(bundle: Path, folder: Path, **settings: str) -> Iterator[Server]:
-    """`raylway serve` of a bundle, with further settings in its environment; yields once it is ready."""
+def server(bundle: Path, folder: Path) -> Iterator[Server]:
+    """`raylway serve` of a bundle; yields once it is ready, and ends it as Ctrl-C in a terminal does."""
     port, log = free_port(), folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(bundle), str(port)],
-            env=environment() | settings,
+            env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

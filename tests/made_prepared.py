@@ -12,6 +12,8 @@ from raylway.features import transform
 from raylway.features.prepared import MANIFEST, SPLITS, Account, Manifest, Prepared, Shard, shard_schema
 from raylway.features.schema import as_float64, canonical_text, sorted_names
 from raylway.features.signature import Input, Signature
+from raylway.job.load import load_job
+from raylway.runs.run import Run
 
 ROWS_A_SHARD = 100
 
@@ -68,6 +70,15 @@ def make(folder: Path, splits: dict[str, pa.Table], target: str, **account: int)
     )
     storage.write_record(folder / MANIFEST, manifest)
     return Prepared(folder)
+
+
+def make_run(folder: Path, prepared: Prepared, **keys: str) -> Run:
+    """A run that has only begun: of a job in `folder` with further top-level keys, over prepared data."""
+    more = "".join(f"{key}: {value}\n" for key, value in keys.items())
+    (folder / "demo.yaml").write_text(f"name: demo\n{more}data: {{source: rows.csv, target: answer}}\n")
+    run = Run(folder / "runs" / "demo" / "0123456789ab")
+    run.create(load_job(folder / "demo.yaml"), prepared.manifest.fingerprint)
+    return run
 
 
 def _target(splits: dict[str, pa.Table], name: str) -> transform.Target:

@@ -168,7 +168,9 @@ def test_an_answer_that_is_not_finite_is_never_given(fruit: Path) -> None:
 def test_wild_but_finite_rows_get_finite_answers(fruit: Path, price: Path) -> None:
     wild = pa.table({"length": [1e308, -1e308], "width": [5e-324, 0.0], "colour": ["x" * 10_000, ""]})
     assert np.isfinite(Predictor(fruit).predict(wild).probabilities).all()
-    assert np.isfinite(Predictor(price).predict(pa.table({"size": [1e308], "rooms": [1], "place": ["EU"]})).values).all()
+    assert np.isfinite(
+        Predictor(price).predict(pa.table({"size": [1e308], "rooms": [1], "place": ["EU"]})).values
+    ).all()
 
 
 def test_a_table_that_lacks_a_column_or_holds_another_type(fruit: Path) -> None:
@@ -406,6 +408,8 @@ def test_code_that_can_not_be_carried(module: str, words: str, tmp_path: Path) -
 
 def test_weights_of_another_network(fruit: Path, tmp_path: Path) -> None:
     made = making.fruit()
-    other: Any = making.Made(made.signature, made.transform, registry.ModelSpec("mlp", {"hidden": [3], "dropout": 0.0}), made.model)
+    other: Any = making.Made(
+        made.signature, made.transform, registry.ModelSpec("mlp", {"hidden": [3], "dropout": 0.0}), made.model
+    )
     with pytest.raises(UserError, match="weights do not fit"):
         other.stage(tmp_path / "bundle")

@@ -38,8 +38,7 @@ def every(prepared: Prepared, split: str) -> tuple[np.ndarray, ...]:
 
 def staged(folder: Path, prepared: Prepared, model: Made) -> Run:
     """A run that holds the model as its staged bundle."""
-    run = Run(folder / "runs" / "demo" / "0123456789ab")
-    run.create(b"name: demo\n", "demo", prepared.manifest.fingerprint, 7, ["raylway"])
+    run = made_prepared.make_run(folder, prepared)
     model.stage(run.staged_bundle)
     return run
 

@@ -144,7 +144,9 @@ def test_a_model_of_the_users_own_gets_the_facts_and_its_arguments(rows: Prepare
         ("mine_too:nothing", {}, ["torch.nn.Module", "NoneType"]),
     ],
 )
-def test_a_model_that_does_not_fit_is_named(rows: Prepared, kind: str, args: dict[str, object], words: list[str]) -> None:
+def test_a_model_that_does_not_fit_is_named(
+    rows: Prepared, kind: str, args: dict[str, object], words: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         registry.build(Model(kind=kind, args=args), rows.manifest.transform)
     assert all(word in str(caught.value) for word in [*words, "model.kind"])

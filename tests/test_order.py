@@ -26,7 +26,9 @@ def test_each_row_is_seen_once_an_epoch(shards: list[int], lanes: int, seed: int
     steps = epoch(order, number, batch)
     assert sorted(np.concatenate(steps)) == list(range(sum(shards)))
     assert all(len(rows) == batch for rows in steps[:-1])
-    assert [len(rows) for rows in steps] == [order.step_rows(number * len(steps) + at, batch) for at in range(len(steps))]
+    assert [len(rows) for rows in steps] == [
+        order.step_rows(number * len(steps) + at, batch) for at in range(len(steps))
+    ]
 
 
 @given(

@@ -75,12 +75,6 @@ def data(folder: Path, classes: list[str], column: str = "x", **account: int) ->
     return made_prepared.make(folder / "prepared", tables, "answer", **account)
 
 
-def run_of(folder: Path, prepared: Prepared, job: str = "name: demo\n") -> Run:
-    run = Run(folder / "runs" / "demo" / "0123456789ab")
-    run.create(job.encode(), "demo", prepared.manifest.fingerprint, 7, ["raylway", "run", "demo.yaml"])
-    return run
-
-
 def log_training(run: Run, steps: int) -> None:
     lines = [
         {"kind": "step", "step": step, "loss": 1 / step, "lr": 0.001, "grad_norm": 2.5} for step in range(1, steps + 1)
@@ -123,7 +117,7 @@ def page(run: Run, prepared: Prepared) -> Page:
     return Page(write(run, prepared).read_text(encoding="utf-8"))
 
 
-def test_a_finished_run_is_told_in_full(tmp_path: Path) -> None:
+def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = data(tmp_path, ["no", "yes"], missing=30, duplicates=4, quarantined=2)
     quarantine = prepared.folder / "quarantine"
     quarantine.mkdir()
@@ -134,7 +128,8 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path) -> None:
         {"name": "answer", "type": "string", "role": "target", "missing": 0, "distinct": 2},
     ]
     (prepared.folder / "profile.json").write_text(json.dumps({"columns": profile}))
-    run = run_of(tmp_path, prepared, "name: demo\nseed: 7\n")
+    monkeypatch.setattr("sys.argv", ["raylway", "run", "demo.yaml"])
+    run = made_prepared.make_run(tmp_path, prepared, seed="7")
     log_training(run, 50)
     evaluation = log_evaluation(run, prepared)
     with run.stage("bundle"):
@@ -166,7 +161,7 @@ def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: 
     (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
     column = {"name": "<script>", "type": "<b>", "role": "numeric", "missing": 0, "distinct": None}
     (prepared.folder / "profile.json").write_text(json.dumps({"columns": [column]}))
-    run = run_of(tmp_path, prepared, "name: </pre><script>\n")
+    run = made_prepared.make_run(tmp_path, prepared, storage="</pre><script>")
     log_training(run, 5)
     log_evaluation(run, prepared)
     found = page(run, prepared)
@@ -178,7 +173,7 @@ def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
     prepared = data(tmp_path, ["no", "yes"])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     log_training(run, 20)
     log_evaluation(run, prepared)
     found = page(run, prepared)
@@ -193,7 +188,7 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
 
 def test_every_chart_has_a_title_and_a_description(tmp_path: Path) -> None:
     prepared = data(tmp_path, ["a", "b", "c"])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     log_training(run, 20)
     log_evaluation(run, prepared)
     page(run, prepared)
@@ -211,7 +206,7 @@ def test_every_chart_has_a_title_and_a_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize("done", ["nothing", "training"])
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, done: str) -> None:
     prepared = data(tmp_path, ["no", "yes"])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     if done == "training":
         log_training(run, 5)
     text = page(run, prepared).text
@@ -223,7 +218,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, done: str) -> No
 
 def test_an_account_that_does_not_add_up_is_called_out(tmp_path: Path) -> None:
     prepared = data(tmp_path, ["no", "yes"])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     evaluation = log_evaluation(run, prepared)
     evaluation.rows -= 1
     storage.write_record(run.evaluation, evaluation)
@@ -237,7 +232,7 @@ def test_regression(tmp_path: Path) -> None:
         for split, count in (("train", 90), ("validation", 10), ("test", 40))
     }
     prepared = made_prepared.make(tmp_path / "prepared", tables, "price")
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     evaluation = log_evaluation(run, prepared)
     text = page(run, prepared).text
     assert f"the model's answer for “price” is off by {words.figure(evaluation.metrics['mae'])} on average" in text
@@ -247,7 +242,7 @@ def test_regression(tmp_path: Path) -> None:
 
 def test_many_classes_stay_readable(tmp_path: Path) -> None:
     prepared = data(tmp_path, [f"class {number:03d}" for number in range(60)])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     log_evaluation(run, prepared)
     text = page(run, prepared).text
     assert "The most frequent mistakes" in text
@@ -256,7 +251,7 @@ def test_many_classes_stay_readable(tmp_path: Path) -> None:
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     prepared = data(tmp_path, ["no", "yes"])
-    run = run_of(tmp_path, prepared)
+    run = made_prepared.make_run(tmp_path, prepared)
     log_training(run, 100_000)
     assert write(run, prepared).stat().st_size < 1_000_000
 

@@ -103,7 +103,6 @@ def test_attempts_are_never_numbered_twice(tmp_path: Path) -> None:
     with case.run.events.open("ab") as file:
         file.write(b'{"event": "attempt started", "attem')  # a power cut
     assert failures.begin(case.run, "b", 0, 1, used=0) == 7
-    # The half of a line swallowed the record that was appended to it: the number does not depend on it.
     assert failures.begin(case.run, "b", 0, 1, used=0) == 8
 
 

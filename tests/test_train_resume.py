@@ -90,7 +90,9 @@ def test_killed_after_step_10_it_makes_steps_11_to_18_and_no_others(tmp_path: Pa
         rows = np.float32(sum(seen[6 * epoch : 6 * epoch + 6], []))
         assert sorted(rows) == sorted(first)
     order = Order([shard.rows for shard in prepared.shards("train")], 42)
-    assert [np.float32(rows).tolist() for rows in seen] == [first[order.positions(step, 4)].tolist() for step in range(18)]
+    assert [np.float32(rows).tolist() for rows in seen] == [
+        first[order.positions(step, 4)].tolist() for step in range(18)
+    ]
 
 
 def test_another_number_of_workers_sees_the_same_batches(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from raylway.features.prepared import Prepared
 from raylway.train import optim
 from raylway.train.feed.order import Order
 
+
 def plain_sgd(
     prepared: Prepared, steps: int, batch: int, lr: float, seed: int
 ) -> tuple[dict[str, np.ndarray], list[float]]:
@@ -157,4 +158,3 @@ def test_optimizers_clipping_and_schedule_train_as_plain_torch_does(tmp_path: Pa
             schedule.step()
         for name, value in model.state_dict().items():
             np.testing.assert_allclose(case.weights(report.last_checkpoint)[name], value.numpy(), rtol=0, atol=1e-10)
-

@@ -85,25 +85,13 @@ def conclude(
         raise _nothing_left(loaded, source, pieces)
     types = rules.types | pieces[0].derived_types
     task, why, classes, codes = _target(loaded, names, types, pieces, rows)
-    hashes = np.concatenate([np.frombuffer(piece.hashes, np.uint64).reshape(-1, 2) for piece in pieces])
-    keeps_duplicates = loaded.job.data.clean.duplicates == "keep"
-    keep = np.ones(rows, bool) if keeps_duplicates else split.first_of_equal(hashes)
-    strata = _strata(loaded, task, names, classes, codes[keep])
-    shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
-    if int(keep.sum()) < 1 + shares.held_out:
-        raise UserError(
-            f"{int(keep.sum())} rows can't be divided into training, validation and test rows",
-            where=loaded.location("data.split"),
-            fix="give more rows, or set validation or test to 0%",
-        )
-    kept = np.zeros(rows, np.int8)
-    kept[keep] = split.divide(hashes[keep], strata, shares, loaded.job.seed)
+    kept, approximate = _sides(loaded, task, names, classes, codes, pieces)
     per_side = {name: int((kept == side).sum()) for side, name in enumerate(SPLITS, 1)}
     account = Account(
         read=sum(piece.read for piece in pieces),
-        kept=int(keep.sum()),
+        kept=sum(per_side.values()),
         missing=sum(piece.missing for piece in pieces),
-        duplicates=rows - int(keep.sum()),
+        duplicates=rows - sum(per_side.values()),
         quarantined=len(rejects),
         **per_side,
     )
@@ -115,10 +103,7 @@ def conclude(
     empty = _empty(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
     optional = {name for name in seen if not rules.drop_missing and seen[name].missing + seen[name].words}
-    sentences = [why] if why else []
-    sentences += roles.sentences + _absences(names.target, classes, by_class)
-    if keeps_duplicates and not split.first_of_equal(hashes).all():
-        sentences.append("equal rows are kept on one side, so the numbers of rows of a side are approximate")
+    sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class) + approximate
     return Outcome(
         task,
         classes,
@@ -244,6 +229,29 @@ def _target(
         if piece.values
     ]
     return task, why, classes, np.concatenate(codes) if codes else np.zeros(0, np.int32)
+
+
+def _sides(
+    loaded: LoadedJob, task: Task, names: Names, classes: list[str], codes: np.ndarray, pieces: list[Assessed]
+) -> tuple[np.ndarray, list[str]]:
+    """The side of each usable row (int8, `split`; left out: a duplicate), and a sentence if counts are approximate."""
+    hashes = np.concatenate([np.frombuffer(piece.hashes, np.uint64).reshape(-1, 2) for piece in pieces])
+    keep = split.first_of_equal(hashes)
+    approximate = []
+    if loaded.job.data.clean.duplicates == "keep" and not keep.all():
+        approximate = ["equal rows are kept on one side, so the numbers of rows of a side are approximate"]
+        keep[:] = True
+    strata = _strata(loaded, task, names, classes, codes[keep])
+    shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
+    if len(strata) < 1 + shares.held_out:
+        raise UserError(
+            f"{len(strata)} rows can't be divided into training, validation and test rows",
+            where=loaded.location("data.split"),
+            fix="give more rows, or set validation or test to 0%",
+        )
+    sides = np.zeros(len(hashes), np.int8)
+    sides[keep] = split.divide(hashes[keep], strata, shares, loaded.job.seed)
+    return sides, approximate
 
 
 def _strata(loaded: LoadedJob, task: Task, names: Names, classes: list[str], codes: np.ndarray) -> np.ndarray:

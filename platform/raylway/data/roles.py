@@ -132,14 +132,7 @@ def choose_features(
             found="; ".join(sentences) or f"columns: {', '.join(names.columns)}",
             fix="drop fewer columns, or list one under data.features.numeric or data.features.categorical",
         )
-    for name in (*numeric, *categorical):
-        if unfit := [read for read in sorted(names.reads(name)) if name in names.derive and types[read] == "bool"]:
-            raise UserError(
-                f"the feature {name!r} derives from {unfit[0]!r}, which holds true and false",
-                where=where,
-                expected="features derived from numbers and text: a served row holds nothing else",
-                fix=f"use {unfit[0]!r} itself, or write it as 0 and 1 in the source",
-            )
+    _refuse_derived_from_truth_values([*numeric, *categorical], names, types, where)
     needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
     return Roles(numeric, categorical, derive, sentences)
@@ -192,6 +185,18 @@ def infer_task(asked: str, kind: str, whole: bool, values: int, rows: int) -> tu
             f"the task is classification: the target has {values} whole values (task: regression overrides)",
         )
     return "regression", "the task is regression: the target is a number"
+
+
+def _refuse_derived_from_truth_values(features: list[str], names: Names, types: dict[str, str], where: str) -> None:
+    """A served row holds numbers and text only, so an expression over true and false can't be computed for it."""
+    for name in features:
+        if unfit := [read for read in sorted(names.reads(name)) if name in names.derive and types[read] == "bool"]:
+            raise UserError(
+                f"the feature {name!r} derives from {unfit[0]!r}, which holds true and false",
+                where=where,
+                expected="features derived from numbers and text",
+                fix=f"use {unfit[0]!r} itself, or write it as 0 and 1 in the source",
+            )
 
 
 def _ordered(loaded: LoadedJob, columns: list[str]) -> dict[str, str]:

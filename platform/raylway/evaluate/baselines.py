@@ -6,6 +6,7 @@ rows. It runs as one Ray task, so it can be started before training and collecte
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ def constant(prepared: Prepared, target: np.ndarray) -> Baseline:
 def start(prepared: Prepared, seed: int) -> ray.ObjectRef:
     """Start boosting beside whatever else runs; returns at once. Hand the result to `result`.
 
-    It runs on one thread and claims no CPU, so that training workers which need all of them need not wait for it. A
-    task that dies is not tried again: where it needs too much memory it would take the next try's neighbours along.
+    It claims no CPU, so that training workers that need all of them need not wait for it, and takes only the time that
+    others leave. A task that dies is not tried again: where it needs too much memory it would take the next try's
+    neighbours along.
     """
-    task = ray.remote(num_cpus=0, max_retries=0)(boosting)
+    # max_calls: the process ends with the task, for its priority could not be raised again.
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_with_least_priority)
     return task.remote(str(prepared.folder), seed)
 
 
@@ -68,6 +71,11 @@ def result(handle: ray.ObjectRef) -> Baseline:
     except ray.exceptions.RayError as error:
         last_line = str(error).strip().rsplit("\n", 1)[-1]
         return Baseline("gradient boosting", f"could not be computed: {last_line}", None)
+
+
+def _with_least_priority(folder: str, seed: int) -> Baseline:
+    os.nice(19)
+    return boosting(folder, seed)
 
 
 def boosting(folder: str, seed: int) -> Baseline:

@@ -2,8 +2,8 @@
 
 Grammar: column names, numbers, quoted text, `true` and `false`; `+ - * /`; `== != < <= > >=`; `and or not`;
 parentheses. A name that is no identifier is written `col("my column")`. Arithmetic is done in float64; a missing
-operand makes the result missing, and so does a division by zero. Python's own parser reads the text, and only the node types
-below are let through.
+operand makes the result missing, and so does a division by zero. Python's own parser reads the text, and only the node
+types below are let through.
 """
 
 from __future__ import annotations

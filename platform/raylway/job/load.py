@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,18 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     return loaded
+
+
+@contextmanager
+def located(loaded: LoadedJob) -> Iterator[None]:
+    """Give an error that names a key of the job file its file and line too."""
+    try:
+        yield
+    except UserError as error:
+        if not error.where.startswith(("data.", "model.", "train.", "serve.")):
+            raise
+        place = loaded.location(error.where)
+        raise UserError(error.what, place, error.expected, error.found, error.fix) from None
 
 
 def _read_yaml(path: Path) -> CommentedMap:

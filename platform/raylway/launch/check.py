@@ -113,18 +113,6 @@ def check(loaded: LoadedJob) -> Findings:
     return Findings(loaded, sample, found)
 
 
-@contextmanager
-def located(loaded: LoadedJob) -> Iterator[None]:
-    """Give an error that names a key of the job file its file and line too."""
-    try:
-        yield
-    except UserError as error:
-        if not error.where.startswith(("data.", "model.", "train.", "serve.")):
-            raise
-        place = loaded.location(error.where)
-        raise UserError(error.what, place, error.expected, error.found, error.fix) from None
-
-
 def _machine() -> Capacity | None:
     """What an embedded Ray would have; None when the job will run on a cluster, which can't be known from here."""
     if os.environ.get("RAY_ADDRESS", "local") != "local":

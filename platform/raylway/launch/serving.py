@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -95,15 +96,25 @@ def served(bundle: Path, options: Serve, host: str, port: int, reporter: Reporte
         _require_free(host, port)
     with _proxy_settings(reporter), start.connect(reporter), ExitStack() as stack:
         with reporter.stage("serve") as stage:
-            url = stack.enter_context(_deployed(bundle, record.name, options, {"host": host, "port": port}))
+            url = stack.enter_context(deployed(bundle, record.name, options, {"host": host, "port": port}))
             shown = f"{record.name} {record.version} at {url} through {_proxy(url)}; {url}/docs shows how to ask"
             stage.finish(shown)
         yield url
 
 
 @contextmanager
-def _deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
-    """Run the application in the connected Ray while the body runs; yields its address once it answers."""
+def deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
+    """Run the application in the connected Ray while the body runs; yields its address once it answers.
+
+    Args:
+        bundle: The bundle's folder.
+        name: Of the application; one that runs under this name is replaced.
+        options: Replicas and batch size.
+        http: `host` and `port`, for a Serve that is not running yet.
+
+    Raises:
+        RunFailed: The model does not start.
+    """
     from ray import serve as ray_serve
 
     from serve_app.app import build
@@ -120,12 +131,22 @@ def _deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any]) -> 
         try:
             ray_serve.run(build(arguments), name=name, route_prefix="/")
         except RuntimeError as error:
-            raise RunFailed(f"the model does not start: {error}") from None
+            raise RunFailed(f"the model does not start: {_reason(name, error)}") from None
         yield _wait_until_ready()
     finally:
         # Waits for requests that are being answered. A cluster's Serve may hold other people's applications, and an
         # embedded one goes with its Ray.
         ray_serve.delete(name)
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why the replicas of an application did not start: what the last of them raised, without its stack."""
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications.get(name)
+    messages = [each.message for each in application.deployments.values()] if application else []
+    said = messages[0] if messages and messages[0] else str(error)
+    return re.split(r"\n  File .*\n(?:    .*\n)*", said)[-1].removeprefix("raylway.errors.").strip()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Where a job runs: on the Ray cluster that it is in, or on an embedded Ray that lives as long as the command.
 
 Stopped in whatever way, the embedded Ray goes too: at the end and on Ctrl-C by `ray.shutdown`, and on SIGKILL by the
-kernel (Ray ties its processes to the thread that starts them, so Ray is started in the main thread; tried).
+kernel within 3 seconds (Ray ties its processes to the thread that starts them, so Ray is started in the main thread).
+Two idle agents of Ray stay for up to a minute then: they wait for a server that is gone to take their last message.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The driver's side of training: starts the workers through Ray Train, shows how far they are, and ends as they did.
 
 Ray Train restarts the group after a fault of a machine; all else about checkpoints and resuming is ours (`checkpoint`,
-`worker`). Each start has a Ray Train run of its own in a scratch folder, so a broken one of Ray's can't stop us.
+`worker`). Each command makes a Ray Train run of its own in a scratch folder, so a broken one of Ray's can't stop us.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-import tempfile
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -26,6 +26,8 @@ from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 60.0
+_SCRATCH = ".ray-train"
+"""Ray Train's own folder, in the run's: it wants one that every node sees. Nothing of value is ever in it."""
 
 
 class Capacity(Protocol):
@@ -142,7 +144,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
 
     stop_file = run.folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
-    fitting = _Fit(assigned, planned)
+    fitting = _Fit(assigned, planned, run)
     follower = _Follower(run, planned, stage)
     try:
         fitting.start()
@@ -162,9 +164,10 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
 class _Fit(threading.Thread):
     """`TorchTrainer.fit`; in the main thread it would take over Ctrl-C and exit with 0."""
 
-    def __init__(self, assigned: dict[str, Any], planned: Plan) -> None:
+    def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
+        self._scratch = run.folder / _SCRATCH
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -180,37 +183,42 @@ class _Fit(threading.Thread):
         return msgspec.convert(self._value, worker.Report)
 
     def _fit(self) -> Any:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        # By their own places: mypy takes what `ray.train` shows for classes of the version before.
+        from ray.train.torch import TorchConfig
+        from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.v2.torch.torch_trainer import TorchTrainer
 
         from raylway.train.strategy import TIMEOUT_S
 
         planned = self._planned
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        with tempfile.TemporaryDirectory(prefix="raylway-train-") as scratch:
-            trainer = TorchTrainer(
-                worker.work,
-                train_loop_config=self._assigned,
-                torch_config=TorchConfig(
-                    # A torch without NCCL refuses to hear of it.
-                    backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
-                    timeout_s=TIMEOUT_S,
-                ),
-                scaling_config=ScalingConfig(
-                    num_workers=planned.workers,
-                    use_gpu=planned.gpus_per_worker > 0,
-                    resources_per_worker={name: amount for name, amount in resources.items() if amount},
-                ),
-                run_config=RunConfig(
-                    name="run",
-                    storage_path=scratch,
-                    # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
-                    failure_config=FailureConfig(max_failures=-1),
-                    # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
-                    worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
-                ),
-            )
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        trainer = TorchTrainer(
+            worker.work,  # type: ignore[arg-type]  # it may return a value: `Result.return_value` is rank 0's
+            train_loop_config=self._assigned,
+            torch_config=TorchConfig(
+                # A torch without NCCL refuses to hear of it.
+                backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
+                timeout_s=TIMEOUT_S,
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=planned.workers,
+                use_gpu=planned.gpus_per_worker > 0,
+                resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            ),
+            run_config=RunConfig(
+                name=secrets.token_hex(6),
+                storage_path=str(self._scratch),
+                # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
+                failure_config=FailureConfig(max_failures=-1),
+                # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
+                worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
+            ),
+        )
+        try:
             return trainer.fit().return_value
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class _Follower:
