@@ -26,6 +26,7 @@ export PATH=$(dirname "$(command -v "$RAY")"):$PATH # a job's `python` is the on
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-30}
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # stop at once, also with work on the nodes
 unset RAY_ADDRESS
 
 if [ "$(uname)" = Linux ]; then

@@ -74,9 +74,10 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise UserError(
             "min_replicas is more than max_replicas", where="serve_app.app:build", found=f"{low} and {high}"
         )
-    # `Deployment.bind` makes the application; the class behind the decorator is what its arguments are for.
-    deployment = Model.options(autoscaling_config=_autoscaling(low, high, max_batch))
-    return deployment.bind(str(Path(args["bundle"]).absolute()), max_batch)
+    scaled: serve.Deployment = Model.options(  # type: ignore[attr-defined] # the decorator has made it a Deployment
+        autoscaling_config=_autoscaling(low, high, max_batch)
+    )
+    return scaled.bind(str(Path(args["bundle"]).absolute()), max_batch)
 
 
 def _autoscaling(low: int, high: int, max_batch: int) -> AutoscalingConfig:

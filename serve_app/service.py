@@ -68,13 +68,14 @@ class Service:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        further: tuple[tuple[bytes, bytes], ...] = ()
         try:
-            status, (media_type, body), headers = 200, await self._reply(scope, receive), ()
+            status, (media_type, body) = 200, await self._reply(scope, receive)
         except HttpProblem as problem:
-            status, headers = problem.status, problem.headers
+            status, further = problem.status, problem.headers
             media_type, body = b"application/problem+json", msgspec.json.encode(problem.body)
         length = str(len(body)).encode()
-        fields = [(b"content-type", media_type), (b"content-length", length), *headers]
+        fields = [(b"content-type", media_type), (b"content-length", length), *further]
         await send({"type": "http.response.start", "status": status, "headers": fields})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 

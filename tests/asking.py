@@ -26,7 +26,8 @@ from raylway.job.schema import Replicas, Serve
 from raylway.launch import serving
 from raylway.runs.progress import Reporter
 
-serving.serve(Path(sys.argv[1]), Serve(replicas=Replicas(min=1, max=1)), "127.0.0.1", int(sys.argv[2]), Reporter("lines"))
+options = Serve(replicas=Replicas(min=1, max=1))
+serving.serve(Path(sys.argv[1]), options, "127.0.0.1", int(sys.argv[2]), Reporter("lines"))
 """
 
 
@@ -92,7 +93,7 @@ def server(bundle: Path, folder: Path) -> Iterator[Server]:
 
 
 def listening(root: int) -> list[tuple[str, str, int]]:
-    """(process name, address in hex as the kernel writes it, port) of all TCP listeners of a process and its children."""
+    """The TCP listeners of a process and its children: process name, address in hex as the kernel has it, port."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and (status := _read(folder / "stat")):
@@ -122,7 +123,7 @@ def _sockets(process: int) -> list[str]:
     try:
         for descriptor in Path(f"/proc/{process}/fd").iterdir():
             try:
-                target = os.readlink(descriptor)
+                target = str(descriptor.readlink())
             except OSError:
                 continue  # closed meanwhile
             if target.startswith("socket:["):

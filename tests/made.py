@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+
 from raylway.bundle import artefact
 from raylway.features.prepared import Account, Manifest
 from raylway.features.signature import Input, Signature

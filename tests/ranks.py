@@ -1,6 +1,6 @@
 """Training on bare torch processes: the real worker function over real gloo, without Ray.
 
-The processes are forked from a server that has imported torch once, so a group of ranks starts in a fraction of a second.
+The processes are forked from a server that has imported torch once, so a group of ranks starts in no time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bundles on disk, and the one predictor: whole or refused, self-contained, and equal to the last bit in any company."""
+"""Bundles on disk, and the one predictor: whole or refused, self-contained, equal to the last bit in any company."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from raylway import storage
 from raylway.bundle import artefact, contents, examples
 from raylway.bundle.predictor import CHUNK_ROWS, NotFinite, Predictor

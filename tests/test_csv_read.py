@@ -88,6 +88,7 @@ def test_what_csv_writes_is_read_back_in_ranges_and_streams(folder, rows, line_e
 
 @given(st.lists(PIECES, max_size=25).map("".join), st.integers(1, 30))
 @example('1,"5 inch\n2,ok\n3,"x"\n', 4)
+@example('1,a"b\n2,a"\n', 4)
 @example('1,5" pipe\n2,6" pipe\n', 3)
 @example("1,a\r2,b\r3,c", 5)
 @example('"a"b,c\n\n\n"x\r\ny",z\r\n', 2)

@@ -106,7 +106,7 @@ def test_runs_and_report(folder: Path, run: Path) -> None:
     assert f"flights/{run.name}" in listed.stdout
     assert "finished" in listed.stdout
     written = raylway("report", "latest", folder=folder)
-    page = Path(written.stdout.strip()).read_text()
+    page = (folder / written.stdout.strip()).read_text()
     assert not re.search(r"(src|href)=[\"']?https?://", page)
     for words in ("336,776", "327,346", "9,430"):
         assert words in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_ranks_divide_the_same_global_batch(
         bounds = [share(size, part, passes) for part in range(passes)]
         assert bounds[0][0] == 0
         assert bounds[-1][1] == size
-        assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
         assert all(stop - start <= microbatch for start, stop in bounds)
 
 

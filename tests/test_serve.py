@@ -1,4 +1,4 @@
-"""Serving over HTTP: the application by itself, behind Ray's own proxy and behind HAProxy; everything holds in all three."""
+"""Serving over HTTP: the application by itself, behind Ray's own proxy, behind HAProxy; all holds in all three."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pytest
 import torch
 from asking import Server
+
 from raylway import storage
 from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
@@ -466,7 +467,7 @@ def test_what_listens_elsewhere_than_on_loopback(haproxy: Server) -> None:
             answer = httpx.get(f"http://127.0.0.1:{port}/signature", timeout=2)
         except httpx.HTTPError:
             continue  # gRPC, or another address of this machine
-        assert answer.status_code != 200
+        assert "inputs" not in answer.text
 
 
 def test_haproxy_takes_the_requests_and_the_command_shown_works(haproxy: Server) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from raylway.bundle.rows import Rows
 from serve_app import batching
 from serve_app.batching import Batcher, Overloaded

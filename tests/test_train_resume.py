@@ -38,8 +38,8 @@ def recording(folder: Path, prepared: Any, record: Path, **acts: Any) -> ranks.C
 
 def recorded(folder: Path, workers: int) -> list[list[float]]:
     """The first number of each row, for each step, over all ranks."""
-    ranks_ = [(folder / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(workers)]
-    return [sum((json.loads(line) for line in lines), []) for lines in zip(*ranks_, strict=True)]
+    files = [(folder / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(workers)]
+    return [[value for line in lines for value in json.loads(line)] for lines in zip(*files, strict=True)]
 
 
 def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -87,7 +87,7 @@ def test_killed_after_step_10_it_makes_steps_11_to_18_and_no_others(tmp_path: Pa
     assert seen == recorded(tmp_path / "rows-whole", workers)
     first = np.float32(prepared.rows("train").take(np.arange(23))[0][:, 0])
     for epoch in range(3):
-        rows = np.float32(sum(seen[6 * epoch : 6 * epoch + 6], []))
+        rows = np.float32([value for step in seen[6 * epoch : 6 * epoch + 6] for value in step])
         assert sorted(rows) == sorted(first)
     order = Order([shard.rows for shard in prepared.shards("train")], 42)
     assert [np.float32(rows).tolist() for rows in seen] == [

@@ -1,4 +1,4 @@
-"""Models as a user writes them, and as faults would have them: they record what they see, break, or kill their process."""
+"""Models as a user writes them, and as faults would have them: they record what they see, break, or kill themselves."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def watched(
 def overflowing(
     num_numeric: int, category_counts: list[int], num_outputs: int, attempts: list[int], rank: int | None = None
 ) -> nn.Module:
-    """The first parameter's gradient becomes infinite on these backward passes, counted from 1, without touching data."""
+    """The first parameter's gradient becomes infinite on these backward passes, counted from 1."""
     model = nn.Sequential(nn.Linear(num_numeric, 4), nn.ReLU(), nn.Linear(4, num_outputs))
     passes = 0
 

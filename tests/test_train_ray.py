@@ -1,0 +1,196 @@
+"""Training through Ray Train: faults in it are restarted, the user's mistakes are not, and the bits stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+from commands import environment
+from user_models import FOLDER
+
+from raylway.errors import UserError
+from raylway.job.load import LoadedJob
+from raylway.launch.capacity import Capacity, Node
+from raylway.runs.progress import Reporter
+from raylway.train import trainer
+
+TRAIN = {
+    "for": "4 epochs",
+    "global_batch": 8,
+    "workers": 2,
+    "validate": {"every": "1 epoch"},
+    "checkpoint": {"every": "3 steps", "keep": 2},
+}
+FOUR_CPUS = Capacity([Node("here", 4, 0)])
+
+
+class Job(LoadedJob):
+    import_paths = [FOLDER]  # noqa: RUF012 - what the class says of each job here
+
+
+def loaded(case: ranks.Case) -> LoadedJob:
+    return Job(case.job, Path("jobs/case.yaml"), {"train.workers": "jobs/case.yaml:9"})
+
+
+def case(folder: Path, train: dict[str, Any], **acts: Any) -> ranks.Case:
+    """60 rows in batches of 8: eight steps an epoch."""
+    model = {"kind": "user_models:watched", "args": {"dropout": 0.3, **acts}}
+    return ranks.Case(folder / "run", ranks.prepared(folder / "prepared", 60, 10), train, model, [FOLDER])
+
+
+def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all((value == other[name]).all() for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The last weights of the job on two bare ranks."""
+    whole = case(tmp_path_factory.mktemp("whole"), TRAIN)
+    return whole.weights(ranks.done(whole, 2).last_checkpoint)
+
+
+def test_a_worker_killed_mid_epoch_changes_no_bit(
+    tmp_path: Path, ray_session: None, unbroken: dict[str, np.ndarray]
+) -> None:
+    marker = tmp_path / "killed"
+    broken = case(tmp_path, TRAIN, act="kill", at=13, rank=1, once=str(marker))
+    outcome = trainer.train(loaded(broken), broken.run, broken.prepared, FOUR_CPUS, Reporter("lines"))
+    assert marker.exists(), "the kill happened"
+    assert (outcome.last_step, outcome.updates, outcome.attempts) == (32, 32, 2)
+    assert outcome.last_checkpoint == "step-00000032-a002"
+    assert same_bits(broken.weights(outcome.last_checkpoint), unbroken)
+    assert [step["step"] for step in broken.steps()] == list(range(1, 33))
+    events = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
+    starts = [event for event in events if event["event"] == "attempt started"]
+    assert [start["from_step"] for start in starts] == [0, 12]
+    assert not (broken.run.folder / ".ray-train").exists()
+
+    # Finished: a second start makes no step.
+    again = trainer.train(loaded(broken), broken.run, broken.prepared, FOUR_CPUS, Reporter("lines"))
+    assert (again.last_step, again.last_checkpoint) == (32, "step-00000032-a002")
+    assert len(broken.steps()) == 32
+
+
+def test_a_mistake_of_the_users_is_told_once_and_not_tried_again(tmp_path: Path, ray_session: None) -> None:
+    wrong = case(tmp_path, TRAIN, act="raise", at=5, rank=1)
+    with pytest.raises(UserError) as caught:
+        trainer.train(loaded(wrong), wrong.run, wrong.prepared, FOUR_CPUS, Reporter("lines"))
+    assert "KeyError" in caught.value.what
+    assert "user_models.py:" in caught.value.where
+    started = [line for line in wrong.run.events.read_text().splitlines() if '"attempt started"' in line]
+    assert len(started) == 1
+
+
+def test_what_can_never_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """No Ray is there: whoever waited for workers would fail otherwise."""
+    many = case(tmp_path, TRAIN | {"workers": 8})
+    with pytest.raises(UserError, match=r"(?s)jobs/case.yaml:9 \(train.workers\).*8 workers"):
+        trainer.train(loaded(many), many.run, many.prepared, FOUR_CPUS, Reporter("lines"))
+    few_rows = case(tmp_path / "rows", TRAIN | {"workers": 4, "global_batch": 3})
+    with pytest.raises(UserError, match="train.global_batch"):
+        trainer.train(loaded(few_rows), few_rows.run, few_rows.prepared, FOUR_CPUS, Reporter("lines"))
+    broken = case(tmp_path / "model", TRAIN)
+    broken.model = {"kind": "user_models:raising"}
+    with pytest.raises(UserError, match="ZeroDivisionError: while it is built"):
+        trainer.train(loaded(broken), broken.run, broken.prepared, FOUR_CPUS, Reporter("lines"))
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import ranks, test_train_ray
+from raylway.features.prepared import Prepared
+from raylway.launch.start import connect
+from raylway.runs.progress import Reporter
+from raylway.train import trainer
+
+case = ranks.Case(Path({run!r}), Prepared(Path({prepared!r})), {train!r}, {model!r}, [test_train_ray.FOLDER])
+reporter = Reporter("lines")
+with connect(reporter, [test_train_ray.FOLDER]):
+    outcome = trainer.train(
+        test_train_ray.loaded(case), case.run, case.prepared, test_train_ray.FOUR_CPUS, reporter
+    )
+print(outcome.last_checkpoint, outcome.attempts)
+"""
+
+
+class Driver:
+    """A process that trains a case on an embedded Ray of its own, as a command does."""
+
+    def __init__(self, case: ranks.Case) -> None:
+        script = DRIVER.format(
+            tests=str(Path(__file__).parent),
+            run=str(case.folder),
+            prepared=str(case.prepared.folder),
+            train=case.train,
+            model=case.model,
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    def end(self) -> tuple[str, str]:
+        return self.process.communicate(timeout=200)
+
+
+def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
+    tmp_path: Path, unbroken: dict[str, np.ndarray]
+) -> None:
+    """One worker, so that two cores do: SIGKILL first, then Ctrl-C, then to the end."""
+    # Long enough that each signal finds it at work; every pass is slowed down by what it records.
+    train = TRAIN | {"for": "250 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
+    whole = case(tmp_path / "whole", train)
+    expected = whole.weights(ranks.done(whole, 1).last_checkpoint)
+
+    broken = case(tmp_path / "broken", train)
+
+    def steps() -> int:
+        return broken.run.metrics.read_bytes().count(b'"kind":"step"') if broken.run.metrics.exists() else 0
+
+    driver = Driver(broken)
+    driver.wait_for(lambda: steps() > 100)
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.end()
+    assert driver.process.returncode == -signal.SIGKILL
+    reached = steps()
+    assert 100 < reached < 2_000
+
+    driver = Driver(broken)
+    driver.wait_for(lambda: steps() > reached + 100)
+    os.kill(driver.process.pid, signal.SIGINT)
+    _, shown = driver.end()
+    assert "a checkpoint is written first" in shown
+    assert driver.process.returncode != 0
+    interrupted = steps()
+    assert interrupted < 2_000
+
+    driver = Driver(broken)
+    printed, _ = driver.end()
+    assert printed.split() == ["step-00002000-a003", "3"]
+    starts = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
+    from_steps = [event["from_step"] for event in starts if event["event"] == "attempt started"]
+    assert from_steps[0] == 0
+    assert reached - 40 <= from_steps[1] <= reached + 20
+    assert from_steps[2] == interrupted
+    assert [step["step"] for step in broken.steps()] == list(range(1, 2_001))
+    assert same_bits(broken.weights("step-00002000-a003"), expected)
