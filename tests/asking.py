@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,11 +14,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import uvicorn
 from commands import environment
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def strict(answer: httpx.Response) -> Any:
+    """The JSON of an answer; NaN and Infinity are none."""
+    return json.loads(answer.text, parse_constant=_refuse)
+
+
+def ask(client: httpx.Client, *rows: Any) -> tuple[int, Any]:
+    """Status and answer of one request."""
+    answer = client.post("/predict", json={"rows": list(rows)})
+    return answer.status_code, strict(answer)
+
 
 _SERVE = """
 import sys

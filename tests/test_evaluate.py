@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import Made, made
 from sklearn import metrics as sk
@@ -199,6 +199,7 @@ def test_a_row_lost_or_counted_twice_fails_the_run(ray_session: None, tmp_path: 
         evaluate.evaluate(run, Prepared(prepared.folder), run.staged_bundle, QUIET)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_classification_is_scikit_learns_over_all_rows(classes: int, count: int, seed: int) -> None:
     source = np.random.default_rng(seed)
@@ -332,6 +333,7 @@ def test_a_baseline_that_breaks_is_told_and_not_raised(ray_session: None) -> Non
     assert "could not be computed: MemoryError: no room" in found.how
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=3, max_size=3).filter(lambda counts: sum(counts) > 0))
 def test_the_majority_baseline_is_scikit_learns_dummy(counts: list[int]) -> None:
     import tempfile

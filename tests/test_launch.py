@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from raylway.errors import RunFailed, UserError
 from raylway.launch import auth, jobs, worker_setup
-from raylway.launch.capacity import Capacity, Node, NodeType, capacity, require_shared
+from raylway.launch.capacity import Capacity, Node, NodeType, capacity
 
 DRIVER = """
 import os, sys, time
@@ -231,7 +231,7 @@ def test_the_launchers_file_says_what_may_come(
     have = capacity(joined=True)
     assert have.most_workers(1, 1) == 4 * 4
     assert "up to 4 gpu (48 CPUs, 4 GPUs)" in have.describe()
-    require_shared(tmp_path)  # one machine shares with itself
+    have.require_shared(tmp_path)  # one machine shares with itself
 
 
 def test_a_worker_finds_the_users_modules_and_its_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sk
@@ -256,6 +256,7 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     assert write(run, prepared).stat().st_size < 1_000_000
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(np.float64, st.integers(2, 300), elements=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])),
     st.randoms(use_true_random=False),
@@ -277,6 +278,7 @@ def test_a_thinned_roc_curve_keeps_its_area() -> None:
     assert np.trapezoid(true, false) == pytest.approx(sk.roc_auc_score(is_class, score), abs=1e-3)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 200), elements=st.floats(0, 1)), st.integers(0, 2**32 - 1))
 def test_reliability_counts_every_row_and_never_leaves_its_bin(claimed: np.ndarray, seed: int) -> None:
     came_true = np.random.default_rng(seed).random(len(claimed)) < claimed
@@ -287,6 +289,7 @@ def test_reliability_counts_every_row_and_never_leaves_its_bin(claimed: np.ndarr
     assert (np.diff(found.claimed) > 0).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5_000), st.integers(1, 400))
 def test_thinning_keeps_the_mean_and_the_limit(count: int, most: int) -> None:
     values = np.random.default_rng(count).standard_normal(count)
@@ -297,6 +300,7 @@ def test_thinning_keeps_the_mean_and_the_limit(count: int, most: int) -> None:
     assert y[-1] == pytest.approx(values[(len(x) - 1) * size :].mean())
 
 
+@settings(deadline=None)
 @given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))
 def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
     high = low + width

@@ -16,7 +16,7 @@ import pytest
 from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.job.load import load_job
-from raylway.runs.progress import Reporter
+from raylway.runs.progress import Reporter, Style
 from raylway.runs.run import Run, find_run, run_id, summary
 
 
@@ -123,7 +123,8 @@ def test_the_run_id_depends_on_every_part_and_its_borders() -> None:
 
 
 @pytest.mark.parametrize("style", ["live", "lines", "json"])
-def test_progress_in_each_style(style: str) -> None:
+def test_progress_in_each_style(style: Style, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     stream = io.StringIO()
     reporter = Reporter(style, stream)
     reporter.pace_s = 0.0
@@ -142,7 +143,7 @@ def test_progress_in_each_style(style: str) -> None:
     else:
         for word in ("3/10 steps", "steps/s", "loss 0.5", "lr 0.001", "s left", "3 steps, best 2", "all well"):
             assert word in text
-        assert ("\r" in text) == (style == "live")
+        assert ("\x1b[" in text) == (style == "live")
 
 
 def test_a_failed_stage_has_no_last_line() -> None:

@@ -157,7 +157,7 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     tmp_path: Path, unbroken: dict[str, np.ndarray]
 ) -> None:
     """One worker, so that two cores do: SIGKILL first, then Ctrl-C, then to the end."""
-    # Long enough that each signal finds it at work; every pass is slowed down by what it records.
+    # Long enough that each signal finds it at work.
     train = TRAIN | {"for": "250 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
     whole = case(tmp_path / "whole", train)
     expected = whole.weights(ranks.done(whole, 1).last_checkpoint)
@@ -190,7 +190,7 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     starts = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     from_steps = [event["from_step"] for event in starts if event["event"] == "attempt started"]
     assert from_steps[0] == 0
-    assert reached - 40 <= from_steps[1] <= reached + 20
+    assert reached - 20 <= from_steps[1]
     assert from_steps[2] == interrupted
     assert [step["step"] for step in broken.steps()] == list(range(1, 2_001))
     assert same_bits(broken.weights("step-00002000-a003"), expected)

@@ -56,6 +56,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
 
     check(loaded)
     with start.connect(reporter, loaded.import_paths) as capacity:
+        capacity.require_shared(root)
         started_at = time.monotonic()
         prepared = data_prepare.prepare(loaded, root, reporter)
         if last == "prepare":
@@ -63,7 +64,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
         found.create(loaded, fingerprint)
         with _only_one(found):
             found.add_prepare(time.monotonic() - started_at)
-            work = Work(loaded, found, prepared, capacity, reporter)
+            work = Work(loaded, found, prepared, capacity, reporter, last)
             for stage in wanted[1:]:
                 if not found.is_done(stage):
                     _STAGES[stage](work)
@@ -79,6 +80,8 @@ class Work:
     prepared: Prepared
     capacity: Capacity
     reporter: Reporter
+    last: str
+    """The stage after which to stop."""
     boosting: ray.ObjectRef | None = None
     """The gradient-boosting baseline, fitted while the training workers start."""
 
@@ -88,7 +91,8 @@ def _train(work: Work) -> None:
     from raylway.train import trainer
 
     with work.run.stage("train") as facts:
-        work.boosting = baselines.start(work.prepared, work.loaded.job.seed)
+        if work.last != "train":
+            work.boosting = baselines.start(work.prepared, work.loaded.job.seed)
         outcome = trainer.train(work.loaded, work.run, work.prepared, work.capacity, work.reporter)
         facts.update(msgspec.to_builtins(outcome))
 

@@ -25,6 +25,8 @@ class Node(msgspec.Struct, frozen=True):
     cpus: float
     gpus: float
     is_head: bool = False
+    id: str = ""
+    """Ray's, of a running one."""
 
     def workers(self, cpus: float, gpus: float) -> int:
         """How many workers of this size fit at once."""
@@ -103,6 +105,36 @@ class Capacity(msgspec.Struct, frozen=True):
             fix="ask for fewer or smaller workers (train.workers, train.resources), or use a larger cluster",
         )
 
+    def require_shared(self, folder: Path) -> None:
+        """Prove that every machine of the cluster sees a folder of this one; at once where there is one machine.
+
+        Checkpoints are written by the workers and put together by one of them, so a folder on the driver's own disk
+        would end in half a checkpoint.
+
+        Raises:
+            UserError: A machine doesn't see it.
+        """
+        import ray
+
+        here = ray.util.get_node_ip_address()
+        others = {node.address: node.id for node in self.nodes if node.address != here}
+        if not others:
+            return
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        try:
+            for address, seen in _ask(others, str(probe)).items():
+                if not seen:
+                    raise UserError(
+                        "the storage folder isn't shared by all machines of the cluster",
+                        where="storage",
+                        expected="a folder on a file system that every machine mounts at the same place",
+                        found=f"{folder}, which {address} doesn't see",
+                        fix="name such a folder: --set storage=/shared/runs",
+                    )
+        finally:
+            probe.unlink(missing_ok=True)
+
     def describe(self) -> str:
         """One line: what is there, and what may come."""
         machines = f"{len(self.nodes)} nodes" if len(self.nodes) > 1 else "one node"
@@ -129,60 +161,36 @@ def capacity(joined: bool) -> Capacity:
         if node["Alive"]:
             have = node["Resources"]
             is_head = "node:__internal_head__" in have
-            nodes.append(Node(node["NodeManagerAddress"], have.get("CPU", 0.0), have.get("GPU", 0.0), is_head))
+            nodes.append(
+                Node(node["NodeManagerAddress"], have.get("CPU", 0.0), have.get("GPU", 0.0), is_head, node["NodeID"])
+            )
     types, most = _autoscaler() if joined else ([], 0)
     return Capacity(nodes, types, most)
 
 
-def require_shared(folder: Path) -> None:
-    """Prove that every machine of the cluster sees a folder of this one; at once where there is one machine.
-
-    Checkpoints are written by the workers and put together by one of them, so a folder of the driver's own disk would
-    end in half a checkpoint.
-
-    Raises:
-        UserError: A machine doesn't see it.
-    """
+def _ask(nodes: dict[str, str], path: str) -> dict[str, bool]:
+    """Whether each node, an id by address, sees a path; all are asked at once."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.util.get_node_ip_address()
-    others = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    others.pop(here, None)
-    if not others:
-        return
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    probe.write_bytes(b"")
-    try:
-        asked = {
-            address: ray.remote(num_cpus=0)(_sees)
-            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-            .remote(str(probe))
-            for address, node in others.items()
-        }
-        for address, answer in asked.items():
-            try:
-                seen = ray.get(answer, timeout=_PROBE_TIMEOUT_S)
-            except GetTimeoutError:
-                raise UserError("a machine of the cluster doesn't answer", where=address) from None
-            except RayError as error:
-                raise UserError(
-                    "a machine of the cluster can't run Raylway's workers",
-                    where=address,
-                    found=str(error).strip().splitlines()[-1],
-                    fix="start it as a job, which carries the package along: raylway submit JOB --address URL",
-                ) from None
-            if not seen:
-                raise UserError(
-                    "the storage folder isn't shared by all machines of the cluster",
-                    where="storage",
-                    expected="a folder on a file system that every machine mounts at the same place",
-                    found=f"{folder}, which {address} doesn't see",
-                    fix="name such a folder: --set storage=/shared/runs",
-                )
-    finally:
-        probe.unlink(missing_ok=True)
+    sees = ray.remote(num_cpus=0)(_sees)
+    asked = {
+        address: sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
+        for address, node in nodes.items()
+    }
+    found = {}
+    for address, answer in asked.items():
+        try:
+            found[address] = ray.get(answer, timeout=_PROBE_TIMEOUT_S)
+        except RayError as error:  # it has no answer in time, too
+            raise UserError(
+                "a machine of the cluster can't run Raylway's workers",
+                where=address,
+                found=str(error).strip().splitlines()[-1],
+                fix="look at its log with `ray logs`, or start the job without that machine",
+            ) from None
+    return found
 
 
 def _sees(path: str) -> bool:

@@ -311,11 +311,15 @@ class Checkpoints:
         return files
 
     def _clean(self, best: str) -> None:
-        """Remove old checkpoints and what other attempts left unfinished. Only after a new one is whole."""
+        """Remove old checkpoints and what earlier attempts left unfinished. Only after a new one is whole.
+
+        What a later attempt writes is not touched: workers whose driver was killed may live on for a moment.
+        """
         whole = [path.name for path in _candidates(self._folder) if (path / MANIFEST).exists()]
         kept = {best, *[found for found in whole if found not in self._broken][-self._keep :]}
         for path in self._folder.iterdir():
-            if path.is_dir() and path.name not in kept:
+            match = _NAME.search(path.name)
+            if match and int(match[2]) <= self._attempt and path.name not in kept:
                 # Without its manifest a half-removed folder is no checkpoint.
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)

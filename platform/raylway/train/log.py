@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one line for each step and each validation, written by rank 0, each step there once.
 
-A checkpoint remembers how long the file was; a resumed run cuts it back to that and goes on.
+A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length. A copy, because workers
+of an attempt whose driver was killed may live on for a moment: what they still write goes into the old file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from raylway import storage
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -23,11 +26,9 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, size: int) -> None:
+        storage.write_bytes(path, path.read_bytes()[:size] if size and path.exists() else b"")
         # Unbuffered: a line is one write, so readers see whole lines and a killed process loses none.
         self._file = path.open("ab", buffering=0)
-        if self._file.tell() > size:
-            self._file.truncate(size)
-            self._file.seek(size)
 
     def write(self, kind: str, **figures: Any) -> None:
         self._file.write(_ENCODER.encode({"kind": kind, **figures}) + b"\n")
