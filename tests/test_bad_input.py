@@ -45,7 +45,11 @@ CASES = {
     "single class": (ROWS.assign(sold="yes"), {}, ["sold", "'yes'", "class"]),
     "rare class": (with_cell("sold", "maybe"), {}, ["sold", "maybe", "1"]),
     "infinite number": (with_cell("size", "inf"), {}, ["rows.csv", "9", "size", "infinite"]),
-    "words in numbers": (with_cell("size", "x"), {"data_features": "{numeric: [size]}"}, ["rows.csv", "9", "size", "x"]),
+    "words in numbers": (
+        with_cell("size", "x"),
+        {"data_features": "{numeric: [size]}"},
+        ["rows.csv", "9", "size", "x"],
+    ),
     "no features": (ROWS, {"data_features": "{drop: [size, colour]}"}, ["feature"]),
     "text regression": (ROWS, {"task": "regression"}, ["sold", "regression"]),
     "storage is a file": (ROWS, {"storage": "rows.csv"}, ["rows.csv", "storage"]),

@@ -38,8 +38,13 @@ def recording(folder: Path, prepared: Any, record: Path, **acts: Any) -> ranks.C
 
 def recorded(folder: Path, workers: int) -> list[list[float]]:
     """The first number of each row, for each step, over all ranks."""
-    files = [(folder / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(workers)]
-    return [[value for line in lines for value in json.loads(line)] for lines in zip(*files, strict=True)]
+    steps = zip(*(passes(folder, rank) for rank in range(workers)), strict=True)
+    return [[value for seen in step for value in seen["rows"]] for step in steps]
+
+
+def passes(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """What a rank has seen in each forward pass."""
+    return [json.loads(line) for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines()]
 
 
 def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -85,6 +90,10 @@ def test_killed_after_step_10_it_makes_steps_11_to_18_and_no_others(tmp_path: Pa
         (tmp_path / "rows-broken" / "rank-0.jsonl").write_text("\n".join(lines[:10] + lines[11:]))
         seen = recorded(tmp_path / "rows-broken", 2)
     assert seen == recorded(tmp_path / "rows-whole", workers)
+    # Dropout draws anew at each step of each rank, and the same again after a resume.
+    draws = [[seen["draw"] for seen in passes(tmp_path / "rows-broken", rank)] for rank in range(workers)]
+    assert draws == [[seen["draw"] for seen in passes(tmp_path / "rows-whole", rank)] for rank in range(workers)]
+    assert len({draw for rank in draws for draw in rank}) == 18 * workers
     first = np.float32(prepared.rows("train").take(np.arange(23))[0][:, 0])
     for epoch in range(3):
         rows = np.float32([value for step in seen[6 * epoch : 6 * epoch + 6] for value in step])
@@ -106,15 +115,14 @@ def test_another_number_of_workers_sees_the_same_batches(tmp_path: Path) -> None
     report = ranks.done(fewer, 1)
     assert report.step == 18
     # The microbatch of the three stays, so the one worker makes two passes over its four rows.
-    passes = recorded(tmp_path / "rows-fewer", 1)
-    assert len(passes) == 2
-    assert sorted(passes[0] + passes[1]) == sorted(steps[17])
+    first, second = recorded(tmp_path / "rows-fewer", 1)
+    assert sorted(first + second) == sorted(steps[17])
 
 
 def test_three_ranks_add_in_one_order_before_and_after_a_resume(tmp_path: Path) -> None:
     """Bits, not tolerances: with three ranks and more the order of addition shows."""
     train = EVERY_STEP | {"checkpoint": {"every": "1 steps", "keep": 30}, "global_batch": 8, "precision": "bf16"}
-    model = {"hidden": [64, 32], "dropout": 0.3}
+    model = {"hidden": [900, 400], "dropout": 0.3}
     whole = ranks.Case(tmp_path / "whole", ranks.prepared(tmp_path / "prepared", 60, 10), train, model)
     expected = ranks.done(whole, 3)
     shutil.copytree(whole.folder, tmp_path / "resumed")

@@ -48,7 +48,8 @@ class Watched(Net):
             self._act(_rank())
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
-                    file.write(json.dumps(numeric[:, 0].tolist()) + "\n")
+                    seen = {"rows": numeric[:, 0].tolist(), "draw": torch.rand(1, dtype=torch.float64).item()}
+                    file.write(json.dumps(seen) + "\n")
         return super().forward(numeric, categorical)
 
     def _act(self, rank: int) -> None:
@@ -77,7 +78,7 @@ def watched(
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     once: A file that is made by the act, and prevents another.
-    record: A folder for the rows that were seen.
+    record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
 

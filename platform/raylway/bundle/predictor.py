@@ -132,7 +132,7 @@ class Predictor:
         rows = len(numeric)
         if not rows:
             return self._nothing()
-        padded = rows
+        padded = -(-rows // CHUNK_ROWS) * CHUNK_ROWS
         numbers = np.zeros((padded, numeric.shape[1]), np.float32)
         codes = np.zeros((padded, categorical.shape[1]), np.int64)
         numbers[:rows], codes[:rows] = numeric, categorical

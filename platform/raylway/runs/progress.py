@@ -118,10 +118,11 @@ class Reporter:
         from rich.table import Column
 
         text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
-        bar = BarColumn(bar_width=20, pulse_style="dim")
+        columns = (TextColumn(f"{name:<10}"), BarColumn(bar_width=20, pulse_style="dim"), text)
         console = Console(file=self._stream, force_terminal=True)
-        with Progress(TextColumn(f"{name:<10}"), bar, text, console=console, transient=True, expand=True) as self._bar:
-            self._bar.add_task(name, total=None, text="")
+        with Progress(*columns, console=console, transient=True, expand=True) as bar:
+            bar.add_task(name, total=None, text="")
+            self._bar = bar
             try:
                 yield
             finally:
