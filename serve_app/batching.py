@@ -120,7 +120,7 @@ class Batcher:
         try:
             outputs = self._answer(joined([piece.rows for piece in pieces]))
         except Exception as error:  # noqa: BLE001 - a model of the user's own may raise anything; its client hears of it
-            if True:
+            if len(pieces) == 1:
                 return [(pieces[0], error)]
             return [result for piece in pieces for result in self._compute([piece])]
         ends = np.cumsum([len(piece.rows) for piece in pieces])[:-1]

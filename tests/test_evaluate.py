@@ -144,7 +144,7 @@ def test_evaluation_writes_what_it_found(ray_session: None, tmp_path: Path) -> N
     found = evaluate.evaluate(run, prepared, run.staged_bundle, Reporter("lines", shown), handle)
     assert storage.read_record(run.evaluation, Evaluation) == found
     assert json.loads(run.evaluation.read_text())["metrics"]["accuracy"] == pytest.approx(0.8)
-    assert "5 test rows: ROC-AUC" in shown.getvalue()
+    assert "5 test rows: accuracy 0.8" in shown.getvalue()
     assert "accuracy 0.8 (majority class 0.6, gradient boosting 0.8)" in shown.getvalue()
     answers = pq.read_table(run.predictions).to_pandas()
     assert list(answers) == ["row_id", "file", "line", "target", "prediction", "p_neg", "p_pos"]

@@ -355,11 +355,14 @@ def test_haproxy_takes_the_requests_and_the_command_shown_works(haproxy: Server)
 
 SLOW = """
 import time
+from pathlib import Path
+
 import torch
 
 def build(num_numeric, category_counts, num_outputs):
     class Slow(torch.nn.Linear):
         def forward(self, numeric, categorical):
+            Path(__file__).with_name("at_work").touch()
             time.sleep(1.5)
             return super().forward(numeric)
 
@@ -377,9 +380,12 @@ def test_a_stop_lets_requests_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bundle = making.made(table, "ripe", {"length": "number"}, spec, steps=0).stage(tmp_path / "bundle")
     (tmp_path / "slow_model.py").unlink()
     with asking.server(bundle, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        at_work = bundle / contents.CODE / "at_work"
+        at_work.unlink()  # the check at the start has made it
         asked = pool.submit(ask, server.client, {"length": 12})
-        time.sleep(0.7)  # by now the model is at work, for 1.5 s
-        assert not asked.done()
+        while not at_work.exists():
+            assert not asked.done()
+            time.sleep(0.05)
         server.process.terminate()
         assert asked.result()[0] == 200
         assert server.process.wait(60) == 143, server.said

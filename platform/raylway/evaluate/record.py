@@ -73,7 +73,7 @@ def sentence(evaluation: Evaluation) -> str:
     """The result in a line: the figures that people ask for first, each beside those of the baselines."""
     if not evaluation.rows:
         return "the test split has no rows, so there is nothing to measure; data.split.test sets its share"
-    first = ("roc_auc", "accuracy") if evaluation.task == "classification" else ("rmse", "r2")
+    first = ("accuracy", "f1_weighted", "roc_auc") if evaluation.task == "classification" else ("rmse", "r2")
     names = [name for name in first if evaluation.metrics[name] is not None]
     parts = []
     for name in names:
