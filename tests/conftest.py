@@ -7,8 +7,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+settings.register_profile("any machine", deadline=None)  # an example that waits for a busy CPU is not wrong
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -109,6 +109,13 @@ def test_the_transform_survives_json():
     assert again.encode(table).numeric.tobytes() == transform.encode(table).numeric.tobytes()
 
 
+def test_a_number_without_any_present_training_cell_survives_json_and_is_the_mean():
+    transform = fitted([pa.table({"x": pa.array([None, None], pa.float64())})], ["x"], [])
+    again = msgspec.json.decode(msgspec.json.encode(transform), type=Transform)
+    assert again == transform
+    assert again.encode(pa.table({"x": [5.0, None]})).numeric.tolist() == [[0.0], [0.0]]
+
+
 def test_one_store_has_one_name():
     spellings = [pa.array([1]), pa.array([1.0]), pa.array(["1"]), pa.array([1], pa.int64())]
     assert {canonical_text(column).to_pylist()[0] for column in spellings} == {"1"}
@@ -177,12 +184,27 @@ def test_an_expression_names_its_columns():
         "",
         "a in b",
         "1j + a",
+        "a > " + "9" * 400,
+        "a > 1e999",
+        "+".join(["a"] * 5_000),
+        "-" * 5_000 + "a",
+        "(" * 500 + "a" + ")" * 500,
     ],
 )
 def test_what_is_no_expression_is_refused(text):
     with pytest.raises(UserError) as caught:
         Expression(text, "job.yaml:7")
     assert "job.yaml:7" in str(caught.value) and "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("terms", range(100, 1_000, 50))
+def test_a_long_expression_is_computed_or_refused(terms):
+    try:
+        found = Expression("+".join(["a"] * terms)).evaluate(TABLE)
+    except UserError as error:
+        assert "nested too deeply" in str(error)
+    else:
+        assert found[0].as_py() == terms * TABLE["a"][0].as_py()
 
 
 @pytest.mark.parametrize("text", ["t + 1", "t > 1", "a == 'x'", "not a", "a and b", "-t"])

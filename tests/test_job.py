@@ -108,6 +108,8 @@ def test_a_misspelt_key_is_told_with_file_line_and_the_right_one(tmp_path: Path,
         ("train: {for: 20}", ["train.for", "with a unit", "found the whole number 20"]),
         ("train: {for: 20 minutes}", ["train.for", "'minutes' does not fit here"]),
         ("train: {for: 1.5 steps}", ["train.for", "whole number of steps"]),
+        ("train: {for: 1e999 epochs}", ["train.for", "too large"]),
+        ("train: {optimizer: {lr: .inf}}", ["train.optimizer.lr", "finite"]),
         ("train: {workers: 0}", ["train.workers", "greater than or equal to 1", "'auto'"]),
         ("train: {clip: -1}", ["train.clip", "greater than 0"]),
         ("train: {schedule: {kind: step}}", ["train.schedule", "every and gamma"]),
@@ -204,6 +206,42 @@ def test_the_written_out_job_is_the_same_job(
     assert loaded.job.train.duration == Duration(amount, "epochs" if unit.startswith("epoch") else "steps")
     (folder / "again.yaml").write_bytes(loaded.to_yaml())
     assert load_job(folder / "again.yaml").job == loaded.job
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.for", "1234567 steps"),
+        ("train.for", "0.12345678 epochs"),
+        ("train.checkpoint.every", "1234567.5 s"),
+        ("data.clean.max_invalid", "0.00000037"),
+        ("data.split.test", "0.123456789"),
+        ("data.split.test", "0.07"),
+        ("data.split.validation", "33.3333333%"),
+    ],
+)
+def test_a_value_keeps_every_digit_when_it_is_written_out(tmp_path: Path, key: str, value: str) -> None:
+    """Run ids and fingerprints come from the written-out job: two values with one text would be one run."""
+    loaded = load_job(write(tmp_path, SMALL), [f"{key}={value}"])
+    (tmp_path / "again.yaml").write_bytes(loaded.to_yaml())
+    assert load_job(tmp_path / "again.yaml").job == loaded.job
+    neighbour = load_job(write(tmp_path, SMALL), [f"{key}={value.replace('7', '8').replace('3', '4')}"])
+    assert neighbour.job.model_dump_json(by_alias=True) != loaded.job.model_dump_json(by_alias=True)
+
+
+def test_a_share_is_written_as_a_percentage_where_that_is_exact(tmp_path: Path) -> None:
+    assert "test: 20%" in load_job(write(tmp_path, SMALL)).to_yaml().decode()
+
+
+@pytest.mark.parametrize("name", ["prepared", "latest"])
+def test_a_job_may_not_have_the_name_of_something_else(tmp_path: Path, name: str) -> None:
+    assert "another name" in refused(tmp_path, SMALL.replace("small", name))
+
+
+@pytest.mark.parametrize("key", ["data.source", "storage"])
+def test_an_empty_path_is_refused(tmp_path: Path, key: str) -> None:
+    """An empty path would be the folder itself: all its data files read, or runs strewn over it."""
+    assert f"{key}: expected text of at least 1 character" in refused(tmp_path, SMALL, f'{key}=""')
 
 
 def test_durations_in_steps() -> None:

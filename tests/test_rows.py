@@ -55,6 +55,25 @@ def test_both_forms_give_the_same_columns() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ['length "in"', "income\n(USD)", "tab\t", "back\\slash"])
+def test_a_name_that_json_escapes_is_a_name_like_another(name: str) -> None:
+    inputs = [Input(name, "number", True), Input("place", "category", False), Input("rooms", "number", False)]
+    reader = RowReader(Signature("regression", "price", inputs, []))
+    bodies = ({"rows": [{"place": 1, name: 2.5}, {name: 3}]}, {"data": [[2.5, 1, None], [3, None, None]]})
+    for body in bodies:
+        form, rows = reader.read(json.dumps(body).encode())
+        assert form in body
+        np.testing.assert_array_equal(rows.numbers, [[2.5, np.nan], [3.0, np.nan]])
+        assert rows.texts()[0].to_pylist() == ["1", None]
+    for wrong in ({"rows": [{}]}, {"rows": [{name: "2"}]}, {"data": [[None, 1, 2]]}):
+        with pytest.raises(InvalidRows) as caught:
+            reader.read(json.dumps(wrong).encode())
+        assert [(each.row, each.feature) for each in caught.value.problems] == [(0, name)]
+    with pytest.raises(NotJson):
+        reader.read(b'{"rows": [NaN]}')
+    assert len(reader.read(b'{"rows": []}')[1]) == 0
+
+
 def test_no_rows_are_no_mistake() -> None:
     assert len(read([])) == len(read([], "data")) == 0
 

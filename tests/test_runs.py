@@ -81,6 +81,19 @@ def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
         storage.prepare_root("s3://bucket/runs")
 
 
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.prepare_root("~/runs") == tmp_path / "runs"
+
+
+def test_a_user_without_a_name_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert make_run(tmp_path, "flights", "0123").record.user == str(os.getuid())
+
+
 def test_runs_are_found_by_what_people_type(tmp_path: Path) -> None:
     first, second = make_run(tmp_path, "flights", "abc123"), make_run(tmp_path, "article", "abd456")
     for name, run in (

@@ -15,7 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from raylway.data import csv_read, files, sources
+from raylway.data import clean as clean_rows
+from raylway.data import csv_read, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
 from raylway.features.signature import Input, Signature
 from raylway.features.transform import CategoricalFeature, NumericFeature, Target, Transform
@@ -114,6 +115,9 @@ def refusal(folder: Path, data: dict[str, Any], **top: Any) -> str:
         ),
         ({"source": "rows.csv", "target": "sold", "derive": {"x": "siez + 1"}}, ["'siez'", "'size'", "data.derive.x"]),
         ({"source": "rows.csv", "target": "sold", "derive": {"size": "id + 1"}}, ["'size'", "already"]),
+        ({"source": "rows.csv", "target": "sold", "derive": {"": "id + 1"}}, ["has no name", "data.derive"]),
+        ({"source": "x" * 5_000, "target": "sold"}, ["can't be looked for", "name too long", "data.source"]),
+        ({"source": "python://sys:exit", "target": "sold"}, ["can't be read", "python://sys:exit"]),
         ({"source": "rows.csv", "target": "sold", "derive": {"a": "b + 1", "b": "a"}}, ["circle", "a, b"]),
         ({"source": "rows.csv", "target": "sold", "derive": {"a": "colour + 1"}}, ["does not fit", "colour is string"]),
         (
@@ -139,7 +143,7 @@ def test_what_a_mistake_in_the_data_section_gets(tmp_path, data, words):
         ("", {}, ["no rows"]),
         ("a,y\n1,x\n2,x\n", {}, ["'y'", "single class", "'x'"]),
         ("a,y\n1,x\n2,x\n3,z\n", {}, ["'y'", "'z' (1 row)", "at least 2"]),
-        ("a,y\n,x\n,z\n", {}, ["no row is left", "a (2)"]),
+        ("a,y\n,x\n,z\n", {}, ["no row is left", "a (2)", "impute"]),
         ("a,y\n1,x\n2,z\n3,q,\n", {}, ["rows.csv:4", "too many cells: 3", "'3,q,'"]),
         ("a,a\n1,x\n", {}, ["rows.csv:1", "same name", "'a'"]),
         ("a,y\n1,x\n2,z\n", {"task": "regression"}, ["'y'", "text", "rows.csv:2"]),
@@ -151,6 +155,62 @@ def test_what_a_mistake_in_the_data_gets(tmp_path, text, top, words):
     (tmp_path / "rows.csv").write_text(text)
     shown = refusal(tmp_path, {"source": "rows.csv", "target": "y"}, **top)
     assert all(word in shown for word in words), shown
+
+
+def test_a_target_without_a_value_is_told_so(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,y\n1,\n2,\n")
+    shown = refusal(tmp_path, {"source": "rows.csv", "target": "y", "clean": {"missing": "impute"}})
+    assert "choose a target that has values" in shown and "set data.clean.missing" not in shown
+
+
+def test_equal_rows_that_leave_nothing_to_train_on_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,y\n" + "3,1.5\n" * 40)
+    data = {"source": "rows.csv", "target": "y", "clean": {"duplicates": "keep"}, "split": {"test": "60%"}}
+    assert "no row is left to train on: equal rows" in refusal(tmp_path, data, task="regression")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text("a,y\n1,x\n2,z\n")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may read everything
+    assert "can't be read" in refusal(tmp_path, {"source": "rows.csv", "target": "y"})
+    with pytest.raises(UserError, match="can't be read"):
+        files.file_at(tmp_path / "rows.csv")
+
+
+def test_a_package_that_fails_while_it_is_looked_into_is_named(tmp_path):
+    package = tmp_path / "made_failing_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('boom')")
+    shown = refusal(tmp_path, {"source": "python://made_failing_package.rows:rows", "target": "y"})
+    assert "no such Python module" in shown and "RuntimeError: boom" in shown
+
+
+def test_only_what_training_saw_missing_may_be_left_out(tmp_path):
+    """The word NA is a value in a column of text, and missing in one of numbers."""
+    pd.DataFrame(
+        {
+            "text": ["NA", "EU"] * 20,
+            "gaps": ["p", ""] * 20,
+            "number": ["NA", "5"] * 20,
+            "wild": ["inf"] + [f"{n}.5" for n in range(39)],
+            "whole": range(40),
+            "y": ["a", "b"] * 20,
+        }
+    ).to_csv(tmp_path / "rows.csv", index=False)
+
+    def optional(**clean: str) -> list[str]:
+        loaded = job(tmp_path, {"source": "rows.csv", "target": "y", "clean": {"infinite": "missing", **clean}})
+        source = opening.open_source(loaded)
+        names = roles.check_names(loaded, source.columns)
+        reading = items.Reading(source.columns, [], 1 << 20)
+        piece, _ = items.read_head(source.parts[0], reading)
+        types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
+        rules = outcome.rules_of(loaded, names, types)
+        assessed = [clean_rows.assess(piece, rules)]
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, assessed)
+        return [each.name for each in found.signature.inputs if not each.required]
+
+    assert optional(missing="impute") == ["gaps", "number", "wild"]
 
 
 def test_a_feature_derived_from_truth_values_is_refused(tmp_path):
@@ -207,6 +267,14 @@ def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
     table().to_csv(package / "rows.csv", index=False)
     loaded = job(tmp_path, {"source": "pkg://packed_rows/rows.csv", "target": "sold"})
     assert sources.sample(loaded).rows == 60
+
+
+def test_an_archive_with_one_name_twice_is_refused(tmp_path):
+    """Only the last of them could be read by its name."""
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a.csv", "a,y\n1,x\n")
+        archive.writestr("a.csv", "a,y\n2,z\n")
+    assert "same name" in refusal(tmp_path, {"source": "rows.zip", "target": "y"})
 
 
 def test_an_archive_of_several_files(tmp_path):
@@ -297,6 +365,17 @@ def test_a_parquet_file_to_predict(tmp_path):
     found = sources.read_table(pd_path, SIGNATURE, TRANSFORM)
     assert found.table.to_pydict() == {"n": [1.0, 2.0], "store": ["1", "2"], "word": [None, None]}
     assert [(error.position, error.line, error.column) for error in found.errors] == [(2, 3, "store")]
+
+
+def test_a_parquet_file_without_rows_or_with_a_column_of_lists(tmp_path):
+    schema = pa.schema({"store": pa.string(), "n": pa.int8()})
+    pa.parquet.ParquetWriter(tmp_path / "none.parquet", schema).close()
+    found = sources.read_table(tmp_path / "none.parquet", SIGNATURE, TRANSFORM)
+    assert found.table.num_rows == found.total == 0 and found.table.column_names == ["n", "store", "word"]
+    pa.parquet.write_table(pa.table({"store": ["1"], "n": [[1]]}), tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match="not read") as caught:
+        sources.read_table(tmp_path / "lists.parquet", SIGNATURE, TRANSFORM)
+    assert "lists.parquet" in caught.value.where
 
 
 def test_a_file_to_predict_without_a_required_column_is_refused(tmp_path):

@@ -153,12 +153,13 @@ class Driver:
         return self.process.communicate(timeout=200)
 
 
+@pytest.mark.timeout(600)  # three starts of a Ray of its own, on a machine that may be busy
 def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     tmp_path: Path, unbroken: dict[str, np.ndarray]
 ) -> None:
     """One worker, so that two cores do: SIGKILL first, then Ctrl-C, then to the end."""
     # Long enough that each signal finds it at work.
-    train = TRAIN | {"for": "250 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
+    train = TRAIN | {"for": "150 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
     whole = case(tmp_path / "whole", train)
     expected = whole.weights(ranks.done(whole, 1).last_checkpoint)
 
@@ -173,7 +174,7 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     driver.end()
     assert driver.process.returncode == -signal.SIGKILL
     reached = steps()
-    assert 100 < reached < 2_000
+    assert 100 < reached < 1_200
 
     driver = Driver(broken)
     driver.wait_for(lambda: steps() > reached + 100)
@@ -182,15 +183,15 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     assert "a checkpoint is written first" in shown
     assert driver.process.returncode != 0
     interrupted = steps()
-    assert interrupted < 2_000
+    assert interrupted < 1_200
 
     driver = Driver(broken)
     printed, _ = driver.end()
-    assert printed.split() == ["step-00002000-a003", "3"]
+    assert printed.split() == ["step-00001200-a003", "3"]
     starts = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     from_steps = [event["from_step"] for event in starts if event["event"] == "attempt started"]
     assert from_steps[0] == 0
     assert reached - 20 <= from_steps[1]
     assert from_steps[2] == interrupted
-    assert [step["step"] for step in broken.steps()] == list(range(1, 2_001))
-    assert same_bits(broken.weights("step-00002000-a003"), expected)
+    assert [step["step"] for step in broken.steps()] == list(range(1, 1_201))
+    assert same_bits(broken.weights("step-00001200-a003"), expected)

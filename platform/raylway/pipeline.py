@@ -55,7 +55,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     from raylway.launch.check import check
 
     check(loaded)
-    with start.connect(reporter, loaded.import_paths) as capacity:
+    with start.connect(reporter, loaded.import_paths, ahead=("torch",)) as capacity:
         capacity.require_shared(root)
         started_at = time.monotonic()
         prepared = data_prepare.prepare(loaded, root, reporter)

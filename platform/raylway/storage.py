@@ -37,7 +37,7 @@ def prepare_root(storage: str) -> Path:
             found=storage,
             fix="name a folder that every node of the cluster sees, such as /shared/runs",
         )
-    root = Path(storage).absolute()
+    root = Path(storage).expanduser().absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_STAGING_PREFIX}{secrets.token_hex(6)}"

@@ -111,7 +111,7 @@ class RowReader:
 
     def __init__(self, signature: Signature) -> None:
         self._inputs = {each.name: each for each in signature.inputs}
-        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_body_type(signature.inputs))
+        self._decoder = None if any(map(_is_escaped, self._inputs)) else _decoder(signature.inputs)
         kinds = [each.type for each in signature.inputs]
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
         self._categories = [index for index, kind in enumerate(kinds) if kind == "category"]
@@ -125,6 +125,8 @@ class RowReader:
             NotJson: It is not JSON (which also knows no NaN and no Infinity), or nested too deeply.
             InvalidRows: A row can't be answered; names each mistake, up to `MOST_PROBLEMS`.
         """
+        if self._decoder is None:
+            return self._read_plainly(body)
         try:
             decoded = self._decoder.decode(body)
         except msgspec.ValidationError as error:
@@ -138,7 +140,9 @@ class RowReader:
         return "data", self._columns(decoded.data)
 
     def _columns(self, decoded: list[Any]) -> Rows:
-        tuples = list(map(msgspec.structs.astuple, decoded))
+        return self._columns_of(list(map(msgspec.structs.astuple, decoded)))
+
+    def _columns_of(self, tuples: list[Any]) -> Rows:
         numbers = tuples if not self._categories else [[row[index] for index in self._numbers] for row in tuples]
         matrix = np.array(numbers, np.float64).reshape(len(tuples), len(self._numbers))
         return Rows(matrix, [list(map(itemgetter(index), tuples)) for index in self._categories])
@@ -149,12 +153,16 @@ class RowReader:
         The standard library reads it, since it turns `1e999` into an infinity that can be named with its row and
         feature, where msgspec stops.
         """
-        try:
-            content = json.loads(body, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as problem:
-            raise NotJson(_reason(problem)) from None
-        problems = list(islice(self._problems(content), MOST_PROBLEMS))
+        problems = list(islice(self._problems(_loaded(body)), MOST_PROBLEMS))
         raise InvalidRows(problems or [Problem(None, None, found)])
+
+    def _read_plainly(self, body: bytes) -> tuple[Form, Rows]:
+        """As `read`, slower: for names that msgspec can't look for."""
+        content = _loaded(body)
+        if problems := list(islice(self._problems(content), MOST_PROBLEMS)):
+            raise InvalidRows(problems)
+        ((form, rows),) = content.items()
+        return form, self._columns_of(rows if form == "data" else [[*map(row.get, self._inputs)] for row in rows])
 
     def _problems(self, content: Any) -> Iterable[Problem]:
         if type(content) is not dict or len(content) != 1 or not content.keys() <= {"rows", "data"}:
@@ -193,6 +201,23 @@ class RowReader:
             return
         for each, value in zip(self._inputs.values(), row, strict=True):
             yield from _problems_of_value(index, each, value)
+
+
+def _is_escaped(name: str) -> bool:
+    """Whether JSON writes the name with a backslash; msgspec takes no such names."""
+    return json.dumps(name, ensure_ascii=False) != f'"{name}"'
+
+
+def _loaded(body: bytes) -> Any:
+    """The body as the standard library reads it."""
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise NotJson(_reason(problem)) from None
+
+
+def _decoder(inputs: list[Input]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_body_type(inputs))
 
 
 def _body_type(inputs: list[Input]) -> type:

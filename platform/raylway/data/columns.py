@@ -70,6 +70,10 @@ class Seen(msgspec.Struct):
     def numbers(self) -> int:
         return self.present - self.words - self.bad
 
+    def missing_as(self, kind: str) -> int:
+        """Missing cells once the type is decided: in a column of numbers the missing words are among them."""
+        return self.missing + (self.words if kind in ("int64", "float64") else 0)
+
 
 _COUNTS = ("missing", "present", "words", "bad", "zeros", "beyond", "real", "infinite")
 _FIRSTS = ("first_bad", "first_zero", "first_infinite")

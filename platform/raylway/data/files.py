@@ -10,6 +10,7 @@ import functools
 import glob
 import importlib
 import importlib.util
+import os
 import sysconfig
 import traceback
 import zipfile
@@ -69,7 +70,13 @@ def locate(loaded: LoadedJob) -> list[Location]:
     where = loaded.location(_WHERE)
     by_path: dict[tuple[str, str | None], Location] = {}
     for text in texts:
-        for location in _locate_one(text, loaded, where):
+        try:
+            found = _locate_one(text, loaded, where)
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise UserError(
+                "the source can't be looked for", where=where, found=f"{text[:200]}: {error.strerror}"
+            ) from None
+        for location in found:
             by_path.setdefault((location.path, location.function), location)
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
@@ -84,6 +91,8 @@ def locate(loaded: LoadedJob) -> list[Location]:
             found=", ".join(f"{kind} ({name})" for kind, name in zip(formats, examples, strict=True)),
             fix="name the files of one format, such as FOLDER/*.csv",
         )
+    for location in locations:
+        _check_readable(location, where)
     return locations
 
 
@@ -97,7 +106,16 @@ def file_at(path: Path) -> Location:
         raise UserError("there is no such file", where=str(path), fix=_nearest(path.name, [path.parent]))
     if not _is_data(path.name):
         raise UserError("the file is of no known format", where=str(path), expected=ENDINGS)
-    return Location(str(path), str(path.absolute()))
+    location = Location(str(path), str(path.absolute()))
+    _check_readable(location, str(path))
+    return location
+
+
+def _check_readable(location: Location, where: str) -> None:
+    if not os.access(location.path, os.R_OK):
+        raise UserError(
+            "the file can't be read", where=where, expected="a file that this user may read", found=location.name
+        )
 
 
 def checksum(location: Location) -> str:
@@ -128,6 +146,10 @@ def zip_members(location: Location) -> list[Location]:
     locked = [entry.filename for entry in entries if entry.flag_bits & 1]
     if locked:
         raise UserError("the archive is encrypted", where=location.name, found=locked[0], fix="unpack it first")
+    if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
+        raise UserError(
+            "two files in the archive have the same name", where=location.name, found=twice[0], fix="pack it anew"
+        )
     if not wanted:
         raise UserError(
             "the archive holds no data file",
@@ -233,16 +255,17 @@ def _locate_one(text: str, loaded: LoadedJob, where: str) -> list[Location]:
 
 def _function(rest: str, text: str, where: str) -> Location:
     module, _, function = rest.partition(":")
+    spec, found = None, text
     try:
         spec = importlib.util.find_spec(module) if module and function.isidentifier() else None
-    except (ImportError, ValueError):
-        spec = None
+    except Exception as error:  # noqa: BLE001 - looking inside a package runs its __init__, which may raise anything
+        found = f"{text} ({type(error).__name__}: {error})"
     if spec is None or spec.origin is None:
         raise UserError(
             "there is no such Python module",
             where=where,
             expected="python://module:function, the module beside the job file, in the current folder or installed",
-            found=text,
+            found=found,
         )
     return Location(text, str(Path(spec.origin).absolute()), function=rest)
 

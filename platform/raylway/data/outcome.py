@@ -102,7 +102,7 @@ def conclude(
     different = _distinct(types, pieces)
     empty = _empty(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    optional = {name for name in seen if not rules.drop_missing and seen[name].missing + seen[name].words}
+    optional = set() if rules.drop_missing else {name for name in seen if _imputed(seen[name], types[name], rules)}
     sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class) + approximate
     return Outcome(
         task,
@@ -193,11 +193,14 @@ def _nothing_left(loaded: LoadedJob, source: Source, pieces: list[Assessed]) -> 
         empty.update(piece.missing_by)
     most = ", ".join(f"{name} ({count})" for name, count in empty.most_common(3))
     read = sum(piece.read for piece in pieces)
+    imputes = loaded.job.data.clean.missing == "impute"
     return UserError(
         "no row is left to train on: each misses a cell or is invalid",
         where=loaded.location("data.source"),
         found=f"{read} rows read; empty cells by column: {most or 'none'}",
-        fix="take the emptiest columns out of the source, or set data.clean.missing: impute",
+        fix="choose a target that has values"
+        if imputes
+        else "take the emptiest columns out of the source, or set data.clean.missing: impute",
     )
 
 
@@ -251,6 +254,12 @@ def _sides(
         )
     sides = np.zeros(len(hashes), np.int8)
     sides[keep] = split.divide(hashes[keep], strata, shares, loaded.job.seed)
+    if not (sides == split.TRAIN).any():
+        raise UserError(
+            "no row is left to train on: equal rows are kept and all fall on the other sides of the split",
+            where=loaded.location("data.split"),
+            fix="set data.clean.duplicates: drop, or give validation and test smaller shares",
+        )
     return sides, approximate
 
 
@@ -291,6 +300,11 @@ def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
         name: distinct([np.frombuffer(piece.texts[name], np.uint64) for piece in pieces if name in piece.texts])
         for name in texts
     }
+
+
+def _imputed(column: Seen, kind: str, rules: Rules) -> int:
+    """How many cells of a column are filled in when cells are imputed."""
+    return column.missing_as(kind) + (column.infinite if rules.infinite_is_missing and kind == "float64" else 0)
 
 
 def _empty(seen: dict[str, Seen]) -> list[str]:

@@ -215,7 +215,7 @@ def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str,
     )
     columns = []
     for name, kind in rules.types.items():
-        missing = seen[name].missing + (seen[name].words if kind in ("int64", "float64") else 0)
+        missing = seen[name].missing_as(kind)
         role = "target" if name == rules.target else roles_by_name.get(name, "unused")
         columns.append(
             {"name": name, "type": kind, "role": role, "missing": missing, "distinct": decided.distinct.get(name)}

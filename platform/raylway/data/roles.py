@@ -50,6 +50,8 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
     data = loaded.job.data
     known = [*columns, *data.derive]
     for name in data.derive:
+        if not name.strip():
+            raise UserError("a derived column has no name", where=loaded.location("data.derive"), fix="give it one")
         if name in columns:
             raise UserError(
                 f"the derived column {name!r} is a column of the source already",

@@ -145,7 +145,7 @@ def _columns(
     for name, kind in (rules.types | first.derived_types).items():
         missing = distinct = 0
         if name in seen:
-            missing = seen[name].missing + (seen[name].words if kind in ("int64", "float64") else 0)
+            missing = seen[name].missing_as(kind)
             finals = [columns.final(piece.table[name].combine_chunks(), kind, False)[0] for piece in pieces]
             distinct = pc.count_distinct(pa.chunked_array(finals)).as_py()
         result.append(SampledColumn(name, kind, roles.get(name, "unused"), missing, distinct))
@@ -189,7 +189,8 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
     location = file_at(path)
     wanted = {each.name: each for each in signature.inputs}
     known = {feature.name: pa.array(feature.categories, pa.string()) for feature in transform.categorical}
-    tables: list[pa.Table] = []
+    schema = {name: _kind(each) for name, each in wanted.items()} | {_LINE: pa.int64(), _PLACE: pa.int64()}
+    tables = [pa.schema(schema).empty_table()]  # a Parquet file without row groups gives no other
     errors: list[RowError] = []
     total = 0
     for table, rejects in _file_tables(location, wanted):
@@ -197,7 +198,7 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
         refused = np.array([reject.row_id for reject in rejects], np.int64)
         order = np.sort(np.concatenate([lines, refused]))
         places = total + np.searchsorted(order, lines)
-        typed, reasons = _inputs(table, wanted, known)
+        typed, reasons = _inputs(table, wanted, known, location.name)
         found = [RowError(int(places[row]), int(lines[row]), column, why) for row, (column, why) in reasons.items()]
         for reject, place in zip(rejects, total + np.searchsorted(order, refused), strict=True):
             found.append(RowError(int(place), reject.row_id, reject.column, reject.reason))
@@ -250,18 +251,17 @@ def _present(names: list[str], wanted: dict[str, Input], location: Location) -> 
 
 
 def _inputs(
-    table: pa.Table, wanted: dict[str, Input], known: dict[str, pa.Array]
+    table: pa.Table, wanted: dict[str, Input], known: dict[str, pa.Array], where: str
 ) -> tuple[dict[str, pa.Array], dict[int, tuple[str, str]]]:
     """The inputs' columns, and for each row that can't be used the first column that stands in the way, and why."""
     arrays: dict[str, pa.Array] = {}
     reasons: dict[int, tuple[str, str]] = {}
     rows = table[ROW_ID].to_numpy()
     for name, each in wanted.items():
-        kind = pa.float64() if each.type == "number" else pa.string()
         if name not in table.column_names:
-            arrays[name] = pa.nulls(table.num_rows, kind)
+            arrays[name] = pa.nulls(table.num_rows, _kind(each))
             continue
-        stored = arrow_read.stored(table[name], name, rows, False, "")[0]
+        stored = arrow_read.stored(table[name], name, rows, False, where)[0]
         if each.type == "number":
             arrays[name], bad = _as_number(stored)
             for row in np.flatnonzero(bad):
@@ -272,6 +272,10 @@ def _inputs(
             for row in np.flatnonzero(pc.is_null(arrays[name]).to_numpy(zero_copy_only=False)):
                 reasons.setdefault(int(row), (name, "the cell is empty"))
     return arrays, reasons
+
+
+def _kind(each: Input) -> pa.DataType:
+    return pa.float64() if each.type == "number" else pa.string()
 
 
 def _as_number(stored: pa.Array) -> tuple[pa.Array, np.ndarray]:

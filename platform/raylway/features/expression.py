@@ -9,6 +9,7 @@ types below are let through.
 from __future__ import annotations
 
 import ast
+import sys
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ _COMPARISON = {
     ast.Gt: pc.greater,
     ast.GtE: pc.greater_equal,
 }
+_LARGEST_NUMBER = sys.float_info.max
 _CONSTANTS = {"true": True, "false": False}
 
 
@@ -43,10 +45,12 @@ class Expression:
         self.text, self.where = text, where
         try:
             self._root = ast.parse(text.strip(), mode="eval").body
+            self.columns: frozenset[str] = frozenset(self._names(self._root))
+            """The columns that it reads."""
         except (SyntaxError, ValueError) as error:
             raise self._error(f"can't be read: {getattr(error, 'msg', error)}") from None
-        self.columns: frozenset[str] = frozenset(self._names(self._root))
-        """The columns that it reads."""
+        except (RecursionError, MemoryError):
+            raise self._error("is nested too deeply") from None
 
     def evaluate(self, table: pa.Table) -> pa.Array:
         """The value for each row: float64, bool or text.
@@ -59,6 +63,8 @@ class Expression:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             types = ", ".join(f"{name} is {table.schema.field(name).type}" for name in sorted(self.columns))
             raise self._error(f"does not fit the types of its columns ({types}): {error}") from None
+        except RecursionError:
+            raise self._error("is nested too deeply") from None
         if isinstance(value, pa.ChunkedArray):
             value = value.combine_chunks()
         if not isinstance(value, pa.Array):
@@ -73,7 +79,9 @@ class Expression:
                 return set() if name in _CONSTANTS else {name}
             case ast.Call(func=ast.Name(id="col"), args=[ast.Constant(value=str(name))], keywords=[]):
                 return {name}
-            case ast.Constant(value=bool() | int() | float() | str()):
+            case ast.Constant(value=bool() | int() | float() | str() as constant):
+                if not isinstance(constant, str) and abs(constant) > _LARGEST_NUMBER:
+                    raise self._error("holds a number that is too large")
                 return set()
             case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
                 return self._names(left) | self._names(right)

@@ -204,7 +204,8 @@ def fit(statistics: Statistics, derive: dict[str, str], target: Target) -> Trans
     return Transform(
         derive=derive,
         numeric=[
-            NumericFeature(name, part.mean, part.spread, part.minimum, part.maximum)
+            # without a present training cell there is no range, and JSON has no infinity
+            NumericFeature(name, part.mean, part.spread, *((part.minimum, part.maximum) if part.count else (0.0, 0.0)))
             for name, part in statistics.numeric.items()
         ],
         categorical=[

@@ -217,6 +217,7 @@ def _expectation(problem: dict[str, Any]) -> str:
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     text = text.replace("Input should be", "expected").replace("a valid dictionary or instance of", "a section like")
     text = text.replace("String should match pattern", "expected text that matches")
+    text = text.replace("String should have", "expected text of")
     text = text.replace("Input should have", "expected").replace("a valid string", "text")
     text = text.replace("a valid integer", "a whole number").replace("a valid number", "a number")
     return text.replace("a valid list", "a list").replace("a valid boolean", "true or false")

@@ -14,11 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from raylway.job.units import Duration, Interval, Progress, Share
 
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
 Auto = Literal["auto"]
+_TAKEN_NAMES = ("prepared", "latest")
+"""The folder of prepared data beside those of the jobs, and the word for the newest run."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 class Features(Section):
@@ -72,7 +77,7 @@ class Split(Section):
 
 
 class Data(Section):
-    source: str | list[str]
+    source: Text | list[Text]
     """A file, glob or folder; `pkg://package/path`; `python://module:function` (returns a table); or a list of these.
     A relative path is looked for beside the job file, then in the current folder."""
     target: str
@@ -215,13 +220,20 @@ class Job(Section):
     format: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    storage: str = "runs"
+    storage: Text = "runs"
     """The folder for prepared data and runs."""
     task: Literal["classification", "regression"] | Auto = "auto"
     data: Data
     model: Model = Model()
     train: Train = Train()
     serve: Serve = Serve()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in _TAKEN_NAMES:
+            raise ValueError(f"expected another name: {' and '.join(_TAKEN_NAMES)} have a meaning of their own")
+        return name
 
 
 def _as_float(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -43,7 +44,13 @@ class Duration:
 
     def __str__(self) -> str:
         unit = self.unit[:-1] if self.amount == 1 and self.unit in ("steps", "epochs") else self.unit
-        return f"{self.amount:g} {unit}"
+        return f"{_shortest(self.amount)} {unit}"
+
+
+def _shortest(value: float) -> str:
+    """A text that reads as exactly the same number: prepared data and runs are told apart by it."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _parse_duration(value: Any, units: tuple[str, ...]) -> Duration:
@@ -57,6 +64,8 @@ def _parse_duration(value: Any, units: tuple[str, ...]) -> Duration:
     if unit not in units:
         raise ValueError(f"expected {wanted}; the unit {match[2]!r} does not fit here")
     amount = float(match[1])
+    if not math.isfinite(amount):
+        raise ValueError(f"expected {wanted}; the number is too large")
     if unit == "steps" and amount != int(amount):
         raise ValueError("expected a whole number of steps")
     return Duration(amount, unit)
@@ -73,6 +82,12 @@ def _parse_share(value: Any) -> float:
     if not 0 <= share <= 1:
         raise ValueError(wanted)
     return share
+
+
+def _share_text(share: float) -> str | float:
+    """The percentage, where it reads as exactly the same share; else the number."""
+    text = f"{share * 100:g}%"
+    return text if _PERCENT.fullmatch(text) and _parse_share(text) == share else share
 
 
 def _duration_type(*units: str) -> Any:
@@ -93,7 +108,7 @@ Interval = _duration_type("epochs", "steps", "s", "min", "h")
 Share = Annotated[
     float,
     BeforeValidator(_parse_share),
-    PlainSerializer(lambda share: f"{share * 100:g}%", return_type=str),
+    PlainSerializer(_share_text, return_type=str | float),
     WithJsonSchema({"type": ["string", "number"], "examples": ["10%", 0.1]}),
 ]
 """A part of a whole, written `10%` or `0.1`; held as a float from 0 to 1."""

@@ -62,6 +62,8 @@ for argument; do
   fi
   previous=$argument
 done
+# It must not outlive the process that Ray manages it with, however that one ends.
+command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
 exec {binary} "$@"
 """
 
@@ -155,27 +157,31 @@ def _proxy_settings(reporter: Reporter) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    settings = dict(_SETTINGS)
     folder = Path(tempfile.mkdtemp(prefix="rw-haproxy-", dir="/tmp"))  # mode 700, and short: it holds sockets
+    settings = dict(_SETTINGS)
+    if binary := _haproxy():
+        settings |= _haproxy_settings(folder, binary)
+    else:
+        reporter.note("HAProxy is not at hand (it comes with ray[serve] on Linux): Ray's own proxy takes the requests")
+    ours = {name: value for name, value in settings.items() if name not in os.environ}  # the user's own stay
+    os.environ.update(ours)
     try:
-        if binary := _haproxy():
-            ports = dict(zip(_HAPROXY_PORTS, map(str, _free_ports(len(_HAPROXY_PORTS))), strict=True))
-            files = {name: str(folder / file) for name, file in _HAPROXY_FILES.items()}
-            wrapper = folder / "haproxy"
-            open_ports = "|".join(list(ports.values())[:2])
-            wrapper.write_text(_HAPROXY_WRAPPER.format(ports=open_ports, binary=shlex.quote(binary)))
-            wrapper.chmod(0o700)
-            settings |= {**_HAPROXY_SETTINGS, **ports, **files, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)}
-        else:
-            reporter.note(
-                "HAProxy is not at hand (it comes with ray[serve] on Linux): Ray's own proxy takes the requests"
-            )
-        os.environ.update(settings)
         yield
     finally:
-        for name in settings:
+        for name in ours:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _haproxy_settings(folder: Path, binary: str) -> dict[str, str]:
+    """Files in a folder of its own, free ports, and a program that opens none of them to the network."""
+    ports = dict(zip(_HAPROXY_PORTS, map(str, _free_ports(len(_HAPROXY_PORTS))), strict=True))
+    wrapper = folder / "haproxy"
+    open_ports = "|".join(ports[name] for name in _HAPROXY_PORTS[:2])  # statistics and metrics
+    wrapper.write_text(_HAPROXY_WRAPPER.format(ports=open_ports, binary=shlex.quote(binary)))
+    wrapper.chmod(0o700)
+    files = {name: str(folder / file) for name, file in _HAPROXY_FILES.items()}
+    return {**_HAPROXY_SETTINGS, **ports, **files, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)}
 
 
 def _haproxy() -> str | None:

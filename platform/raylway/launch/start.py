@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from raylway.errors import UserError
 from raylway.launch import auth, worker_setup
@@ -37,9 +37,6 @@ _FOLDERS = Path("/tmp")
 _PREFIX = "raylway-"
 _LOCK = ".lock"
 _JUST_MADE_S = 10
-_HEAVY_IMPORTS = ("torch", "pandas")
-"""What the stages after the start need in this process: 2 to 3 s of imports, done while Ray's processes come up."""
-
 _SETTINGS = {
     # Ray Train shows each print of a worker twice otherwise: once as print, once as log.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -59,7 +56,7 @@ _CLUSTER_SETTINGS = {
 
 
 @contextmanager
-def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Capacity]:
+def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequence[str] = ()) -> Iterator[Capacity]:
     """Give the body a connected Ray; what was started here is stopped at the end, whatever happens.
 
     Joins the cluster that `RAY_ADDRESS` names (a Ray job finds it set), and starts an embedded Ray otherwise. A process
@@ -68,6 +65,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Ca
     Args:
         reporter: Where progress goes, and what user code prints in workers.
         import_paths: Folders of the user's own modules, for the workers.
+        ahead: Modules that the body needs, imported in a thread while Ray's processes come up (torch: 2 s of Ray's 4).
 
     Yields:
         What the cluster has.
@@ -84,6 +82,13 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Ca
         try:
             with reporter.stage("ray") as stage:
                 if address:
+                    _prepare_to_join(address)
+                else:
+                    auth.prepare_local()
+                _set(_SETTINGS | (_CLUSTER_SETTINGS if address else _EMBEDDED_SETTINGS))
+                importlib.import_module("ray")  # it reads some of them when it is imported
+                threading.Thread(target=lambda: [importlib.import_module(name) for name in ahead]).start()
+                if address:
                     _join(address, import_paths)
                 else:
                     _start(folder, import_paths)
@@ -93,15 +98,15 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = ()) -> Iterator[Ca
             signal.signal(signal.SIGTERM, _end_on_sigterm)
             yield have
         finally:
-            importlib.import_module("ray").shutdown()
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
             signal.signal(signal.SIGTERM, before)
 
 
 def _start(folder: Path, import_paths: Sequence[str]) -> None:
     """Start an embedded Ray: no dashboard (0.8 s and 0.2 GB), all CPUs and GPUs, token authentication on."""
-    auth.prepare_local()
-    _set({**_SETTINGS, **_EMBEDDED_SETTINGS})
-    ray = _import_ray()
+    import ray
+
     paths = [*import_paths, *filter(None, [os.environ.get("PYTHONPATH")])]
     with _environment(PYTHONPATH=os.pathsep.join(paths)):
         # Workers inherit the environment of Ray's own processes, so the user's modules need no runtime environment,
@@ -114,7 +119,7 @@ def _start(folder: Path, import_paths: Sequence[str]) -> None:
         )
 
 
-def _join(address: str, import_paths: Sequence[str]) -> None:
+def _prepare_to_join(address: str) -> None:
     if "://" in address:
         raise UserError(
             "a job can't be driven over this address",
@@ -126,14 +131,16 @@ def _join(address: str, import_paths: Sequence[str]) -> None:
     auth.prepare_to_join()
     if address != "auto":
         _require_reachable(address)
-    _set({**_SETTINGS, **_CLUSTER_SETTINGS})
-    ray = _import_ray()
+
+
+def _join(address: str, import_paths: Sequence[str]) -> None:
+    import ray
     from ray.exceptions import AuthenticationError, RayError
 
     try:
         if address != "auto":
             # Ray itself would try for 20 s and then hide that it was the token.
-            ray._raylet.GcsClient(address=address)
+            importlib.import_module("ray._raylet").GcsClient(address=address)
         ray.init(
             address=address,
             logging_level=logging.ERROR,
@@ -143,13 +150,6 @@ def _join(address: str, import_paths: Sequence[str]) -> None:
         raise auth.wrong_token(address) if auth.has_token() else auth.no_token(address) from None
     except (ConnectionError, RuntimeError, RayError) as error:
         raise _unreachable(address, str(error).splitlines()[0]) from error
-
-
-def _import_ray() -> Any:
-    """Import Ray here and, while its processes come up, the other heavy libraries in a thread of their own."""
-    ray = importlib.import_module("ray")
-    threading.Thread(target=lambda: [importlib.import_module(name) for name in _HEAVY_IMPORTS]).start()
-    return ray
 
 
 def _require_reachable(address: str) -> None:

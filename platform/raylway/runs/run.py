@@ -104,7 +104,7 @@ class Run:
             fingerprint=fingerprint,
             seed=loaded.job.seed,
             command=["raylway", *sys.argv[1:]],
-            user=getpass.getuser(),
+            user=_user(),
             host=platform.node(),
             commit=_commit(loaded.folder),
             versions=_versions(),
@@ -204,6 +204,13 @@ def summary(run: Run) -> dict[str, str]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container the user may have a number and no name
+        return str(os.getuid())
 
 
 def _versions() -> dict[str, str]:
