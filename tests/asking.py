@@ -83,13 +83,14 @@ class Server:
 
 
 @contextmanager
-def server(bundle: Path, folder: Path) -> Iterator[Server]:
-    """`raylway serve` of a bundle; yields once it is ready, and ends it as Ctrl-C in a terminal does."""
+def server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
+    """`raylway serve` of a bundle under further environment variables; yields once it is ready, and ends it as Ctrl-C in a
+    terminal does."""
     port, log = free_port(), folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(bundle), str(port)],
-            env=environment(),
+            env=environment() | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -332,18 +332,31 @@ KNOWN = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}
 KNOWN_OF_SERVE = {"ray::ServeContr", "ray::ProxyActor", "ray::HAProxyMan", "ray::ServeRepli"}
 
 
-def test_what_listens_elsewhere_than_on_loopback(haproxy: Server) -> None:
-    """Ray's own ports and nothing of ours: none of them answers for the model (docs/serving.md names each)."""
-    found = asking.listening(haproxy.process.pid)
+def test_what_listens_elsewhere_than_on_loopback_with_rays_own_proxy(fruit: Path, tmp_path: Path) -> None:
+    with asking.server(fruit, tmp_path, RAY_SERVE_ENABLE_HA_PROXY="0") as server:
+        assert "through Ray's own proxy" in server.said
+        found = only_rays_own_ports(server)
+    assert "haproxy" not in {name for name, _, _ in found}
+
+
+def test_what_listens_elsewhere_than_on_loopback_with_haproxy(haproxy: Server) -> None:
+    found = only_rays_own_ports(haproxy)
+    assert [name for name, address, _ in found if name == "haproxy" and asking.is_loopback(address)] == ["haproxy"] * 3
+
+
+def only_rays_own_ports(server: Server) -> list[tuple[str, str, int]]:
+    """Beyond loopback there are Ray's own ports (docs/serving.md names each), and none answers for the model."""
+    found = asking.listening(server.process.pid)
+    assert any(port == server.client.base_url.port and asking.is_loopback(address) for _, address, port in found)
     elsewhere = [(name, port) for name, address, port in found if not asking.is_loopback(address)]
     assert {re.sub(r"\d", "", name) for name, _ in elsewhere} <= KNOWN | KNOWN_OF_SERVE
-    assert [name for name, address, _ in found if name == "haproxy" and asking.is_loopback(address)] == ["haproxy"] * 3
     for _, port in elsewhere:
         try:
             answer = httpx.get(f"http://127.0.0.1:{port}/signature", timeout=2)
         except httpx.HTTPError:
             continue  # gRPC, or another address of this machine
         assert "inputs" not in answer.text
+    return found
 
 
 def test_haproxy_takes_the_requests_and_the_command_shown_works(haproxy: Server) -> None:

@@ -167,14 +167,14 @@ def test_killed_while_a_checkpoint_is_written_it_always_goes_on(tmp_path: Path, 
 
 def test_an_attempt_that_was_taken_over_harms_nothing(tmp_path: Path) -> None:
     """Workers may outlive a killed driver for a while: here the first attempt is still at work during the second."""
-    train = EVERY_STEP | {"for": "150 steps"}
+    train = EVERY_STEP | {"for": "150 steps", "checkpoint": {"every": "1 steps", "keep": 20}}
     case = ranks.Case(tmp_path, ranks.prepared(tmp_path / "prepared", 23, 5), train, {"hidden": [8], "dropout": 0.1})
     first = ranks.Ranks([case.assignment(1)], 1, tmp_path)
     while checkpoint.newest(case.run.checkpoints, {}) is None:
         time.sleep(0.001)
     assert first.processes[0].is_alive()
     report = ranks.done(case, launch="another")
-    first.results()
+    assert first.results() == [["RuntimeError: a later attempt has taken over this run"]]
     assert report.step == 150
     assert report.last_checkpoint == "step-00000150-a002"
     assert checkpoint.opened(case.run.checkpoints / report.last_checkpoint)

@@ -16,7 +16,7 @@ from raylway.features.prepared import Prepared, SplitName
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
-from raylway.train import checkpoint, optim, strategy
+from raylway.train import checkpoint, failures, optim, strategy
 from raylway.train.checkpoint import Checkpoints, Progress
 from raylway.train.feed.loader import Feed, Share
 from raylway.train.feed.order import Order
@@ -75,7 +75,14 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         precision=precision,
         feed=feed("train", job.seed, plan.lanes),
         validation=validation,
-        checkpoints=Checkpoints(run.checkpoints, job.train.checkpoint.keep, start.attempt, groups, start.broken),
+        checkpoints=Checkpoints(
+            run.checkpoints,
+            job.train.checkpoint.keep,
+            start.attempt,
+            groups,
+            lambda: failures.latest(run) > start.attempt,
+            start.broken,
+        ),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
     )

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,11 +250,22 @@ class Checkpoints:
         keep: How many of the newest stay; the best one always stays.
         attempt: Of this start.
         groups: All ranks.
+        taken_over: Whether a later attempt has begun. Workers whose driver was killed may live on for a moment, and
+            must not remove what their successors are reading.
         broken: Folders that are no whole checkpoints whatever they look like; removed after the first save.
     """
 
-    def __init__(self, folder: Path, keep: int, attempt: int, groups: Groups, broken: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        attempt: int,
+        groups: Groups,
+        taken_over: Callable[[], bool],
+        broken: Iterable[str] = (),
+    ) -> None:
         self._folder, self._keep, self._attempt, self._groups = folder, keep, attempt, groups
+        self._taken_over = taken_over
         self._broken = frozenset(broken)
         self.written = ""
         """The newest folder that this attempt has written."""
@@ -271,7 +282,10 @@ class Checkpoints:
 
         Raises:
             RunFailed: The weights are not finite, or the disk refuses.
+            RuntimeError: A later attempt has taken over.
         """
+        if self._groups.rank == 0 and self._taken_over():
+            raise RuntimeError("a later attempt has taken over this run")
         refuse_not_finite(tensors, state.progress.step)
         final = self._folder / name(state.progress.step, self._attempt)
         try:
@@ -313,7 +327,7 @@ class Checkpoints:
     def _clean(self, best: str) -> None:
         """Remove old checkpoints and what earlier attempts left unfinished. Only after a new one is whole.
 
-        What a later attempt writes is not touched: workers whose driver was killed may live on for a moment.
+        What a later attempt writes is not touched.
         """
         whole = [path.name for path in _candidates(self._folder) if (path / MANIFEST).exists()]
         kept = {best, *[found for found in whole if found not in self._broken][-self._keep :]}

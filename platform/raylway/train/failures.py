@@ -74,7 +74,7 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
             f"training started {MOST_STARTS} times from step {from_step} and never reached the next checkpoint; "
             f"the last cause: {cause}"
         )
-    attempt = 1 + max([used, *(start.attempt for start in starts)])
+    attempt = 1 + max(used, latest(run))
     run.log(_STARTED, **msgspec.structs.asdict(Attempt(attempt, launch, from_step, workers)))
     return attempt
 
@@ -82,6 +82,11 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
 def attempts(run: Run) -> int:
     """How many times the worker group was started, over all launches."""
     return sum(1 for _ in _events(run, _STARTED, Attempt))
+
+
+def latest(run: Run) -> int:
+    """The number of the attempt that began last."""
+    return max((start.attempt for start in _events(run, _STARTED, Attempt)), default=0)
 
 
 def record(run: Run, failure: Failure) -> None:
