@@ -290,6 +290,7 @@ def test_an_archive_of_several_files(tmp_path):
     ("body", "words"),
     [
         ("def rows():\n    x = {}\n    return x['gone']\n", ["KeyError: 'gone'", "made_broken_source.py:3, in rows"]),
+        ("import sys\ndef rows():\n    sys.exit('done')\n", ["SystemExit: done", "made_broken_source.py:3, in rows"]),
         ("def rows():\n    return 5\n", ["returned no table", "type int"]),
         ("def row():\n    return {}\n", ["no function 'rows'", "did you mean 'row'?"]),
         ("def rows(:\n", ["SyntaxError", "made_broken_source.py:1"]),

@@ -185,7 +185,7 @@ def call(location: Location, where: str) -> pa.Table:
         result = function()
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the user's code raises is shown with the user's own line
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - what the user's code raises is shown with its own line
         raise UserError(
             f"{location.name} failed: {type(error).__name__}: {error}",
             where=_user_line(error, location),

@@ -75,18 +75,22 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         precision=precision,
         feed=feed("train", job.seed, plan.lanes),
         validation=validation,
-        checkpoints=Checkpoints(
-            run.checkpoints,
-            job.train.checkpoint.keep,
-            start.attempt,
-            groups,
-            lambda: failures.latest(run) > start.attempt,
-            start.broken,
-        ),
+        checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
     )
     return assembled, _with_whole_best(run, state.progress) if state else Progress()
+
+
+def _checkpoints(job: Job, run: Run, groups: Groups, start: Start) -> Checkpoints:
+    return Checkpoints(
+        run.checkpoints,
+        job.train.checkpoint.keep,
+        start.attempt,
+        groups,
+        lambda: failures.latest(run) > start.attempt,
+        start.broken,
+    )
 
 
 def seeded_model(job: Job, prepared: Prepared) -> nn.Module:

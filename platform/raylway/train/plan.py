@@ -97,15 +97,7 @@ def plan(
     _refuse_misfits(job, task, rows_train, rows_validation)
     train = job.train
     workers = train.workers if isinstance(train.workers, int) else max(1, int(gpus))
-    batch = train.global_batch if isinstance(train.global_batch, int) else _auto_batch(rows_train)
-    if batch < workers:
-        raise UserError(
-            "the global batch has fewer rows than there are workers",
-            where="train.global_batch",
-            expected=f"at least one row for each of the {workers} workers",
-            found=f"a global batch of {batch} rows",
-            fix="raise train.global_batch or lower train.workers",
-        )
+    batch = _global_batch(train.global_batch, rows_train, workers)
     share = math.ceil(batch / workers)
     microbatch = train.microbatch if isinstance(train.microbatch, int) else min(share, LARGEST_MICROBATCH)
     steps_per_epoch = math.ceil(rows_train / batch)
@@ -155,10 +147,18 @@ def _refuse_misfits(job: Job, task: Task, rows_train: int, rows_validation: int)
         )
 
 
-def _auto_batch(rows: int) -> int:
-    batch = SMALLEST_BATCH
-    while batch < LARGEST_BATCH and rows // (2 * batch) >= STEPS_PER_EPOCH:
+def _global_batch(wanted: int | Literal["auto"], rows: int, workers: int) -> int:
+    batch = wanted if isinstance(wanted, int) else SMALLEST_BATCH
+    while wanted == "auto" and batch < LARGEST_BATCH and rows // (2 * batch) >= STEPS_PER_EPOCH:
         batch *= 2
+    if batch < workers:
+        raise UserError(
+            "the global batch has fewer rows than there are workers",
+            where="train.global_batch",
+            expected=f"at least one row for each of the {workers} workers",
+            found=f"a global batch of {batch} rows",
+            fix="raise train.global_batch or lower train.workers",
+        )
     return batch
 
 
