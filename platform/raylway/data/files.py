@@ -218,7 +218,7 @@ def _as_table(result: Any, location: Location, where: str) -> pa.Table:
     )
 
 
-def _user_line(error: Exception, location: Location) -> str:
+def _user_line(error: BaseException, location: Location) -> str:
     """`file:line, in function` of the innermost frame that is neither ours nor an installed package's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
