@@ -84,8 +84,7 @@ class Server:
 
 @contextmanager
 def server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
-    """`raylway serve` of a bundle under further environment variables; yields once it is ready, and ends it as Ctrl-C in a
-    terminal does."""
+    """`raylway serve` of a bundle; yields once it is ready, and ends it as Ctrl-C in a terminal does."""
     port, log = free_port(), folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -61,6 +61,19 @@ def test_categories_are_coded_from_one_and_the_unknown_is_zero():
     assert codes[3:, 0].tolist() == [0, 1]  # unknown; missing stands for the most frequent, which is a
 
 
+@pytest.mark.parametrize("trained", [["True", "False"], ["true", "false"], ["TRUE", "FALSE"]])
+def test_true_and_false_are_the_same_in_every_spelling(trained: list[str]):
+    transform = fitted([pa.table({"x": trained})], [], ["x"])
+    codes = [transform.encode(pa.table({"x": pair})).categorical[:, 0].tolist() for pair in (trained, [True, False])]
+    assert codes[0] == codes[1]
+    assert sorted(codes[0]) == [1, 2]
+
+
+def test_other_categories_are_not_folded():
+    transform = fitted([pa.table({"x": ["True", "true", "no"]})], [], ["x"])
+    assert len(set(transform.encode(pa.table({"x": ["True", "true", "no", "NO"]})).categorical[:, 0].tolist())) == 4
+
+
 def test_a_missing_number_is_the_training_mean():
     transform = fitted([pa.table({"x": [1.0, 3.0, None]})], ["x"], [])
     assert transform.encode(pa.table({"x": pa.array([None, 2.0, 3.0], pa.float64())})).numeric[:, 0].tolist() == [

@@ -69,8 +69,9 @@ def test_a_name_that_json_escapes_is_a_name_like_another(name: str) -> None:
         with pytest.raises(InvalidRows) as caught:
             reader.read(json.dumps(wrong).encode())
         assert [(each.row, each.feature) for each in caught.value.problems] == [(0, name)]
-    with pytest.raises(NotJson):
-        reader.read(b'{"rows": [NaN]}')
+    for body in (b'{"rows": [NaN]}', json.dumps({"rows": [{name: 1, "place": "\ud800"}]}).encode()):
+        with pytest.raises(NotJson):
+            reader.read(body)
     assert len(reader.read(b'{"rows": []}')[1]) == 0
 
 

@@ -159,7 +159,7 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
 ) -> None:
     """One worker, so that two cores do: SIGKILL first, then Ctrl-C, then to the end."""
     # Long enough that each signal finds it at work.
-    train = TRAIN | {"for": "150 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
+    train = TRAIN | {"for": "300 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
     whole = case(tmp_path / "whole", train)
     expected = whole.weights(ranks.done(whole, 1).last_checkpoint)
 
@@ -171,27 +171,27 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     driver = Driver(broken)
     driver.wait_for(lambda: steps() > 100)
     os.kill(driver.process.pid, signal.SIGKILL)
-    driver.end()
-    assert driver.process.returncode == -signal.SIGKILL
+    assert driver.process.wait(60) == -signal.SIGKILL  # two of Ray's agents hold its pipes for another minute
     reached = steps()
-    assert 100 < reached < 1_200
+    assert 100 < reached < 2_400
 
     driver = Driver(broken)
-    driver.wait_for(lambda: steps() > reached + 100)
+    # The workers may outlive their driver for a moment and go on counting: only a checkpoint of its own shows the second.
+    driver.wait_for(lambda: any(broken.run.checkpoints.glob("step-*-a002")))
     os.kill(driver.process.pid, signal.SIGINT)
     _, shown = driver.end()
     assert "a checkpoint is written first" in shown
     assert driver.process.returncode != 0
     interrupted = steps()
-    assert interrupted < 1_200
+    assert interrupted < 2_400
 
     driver = Driver(broken)
     printed, _ = driver.end()
-    assert printed.split() == ["step-00001200-a003", "3"]
+    assert printed.split() == ["step-00002400-a003", "3"]
     starts = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     from_steps = [event["from_step"] for event in starts if event["event"] == "attempt started"]
     assert from_steps[0] == 0
     assert reached - 20 <= from_steps[1]
     assert from_steps[2] == interrupted
-    assert [step["step"] for step in broken.steps()] == list(range(1, 1_201))
-    assert same_bits(broken.weights("step-00001200-a003"), expected)
+    assert [step["step"] for step in broken.steps()] == list(range(1, 2_401))
+    assert same_bits(broken.weights("step-00002400-a003"), expected)

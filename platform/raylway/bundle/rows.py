@@ -161,6 +161,10 @@ class RowReader:
         content = _loaded(body)
         if problems := list(islice(self._problems(content), MOST_PROBLEMS)):
             raise InvalidRows(problems)
+        try:
+            msgspec.json.decode(body)  # the standard library lets half of a surrogate pair through
+        except ValueError as error:
+            raise NotJson(_reason(error)) from None
         ((form, rows),) = content.items()
         return form, self._columns_of(rows if form == "data" else [[*map(row.get, self._inputs)] for row in rows])
 

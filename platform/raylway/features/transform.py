@@ -164,6 +164,7 @@ class Encoder:
         self._spread = np.array([feature.spread or 1.0 for feature in transform.numeric])
         self._constant = np.array([not feature.spread for feature in transform.numeric], bool)
         self._categories = [pa.array(feature.categories, pa.string()) for feature in transform.categorical]
+        self._booleans = [_are_booleans(feature.categories) for feature in transform.categorical]
 
     def encode(self, table: pa.Table) -> Encoded:
         """As `Transform.encode`."""
@@ -185,10 +186,18 @@ class Encoder:
         """Canonical texts of the C categorical features, null for missing, as int32 [rows, C]."""
         codes = np.zeros((rows, len(texts)), np.int32)
         for index, feature in enumerate(self._transform.categorical):
-            filled = pc.fill_null(texts[index], feature.most_frequent)
-            found = pc.fill_null(pc.index_in(filled, self._categories[index]), -1)
+            filled, known = pc.fill_null(texts[index], feature.most_frequent), self._categories[index]
+            if self._booleans[index]:
+                filled, known = pc.utf8_lower(filled), pc.utf8_lower(known)
+            found = pc.fill_null(pc.index_in(filled, known), -1)
             codes[:, index] = found.to_numpy(zero_copy_only=False) + 1
         return codes
+
+
+def _are_booleans(categories: list[str]) -> bool:
+    """Whether the categories are true and false in one spelling: a file's `True` and JSON's `true` are then one."""
+    lower = {name.lower() for name in categories}
+    return lower <= {"true", "false"} and len(lower) == len(categories)
 
 
 def derived(table: pa.Table, derive: dict[str, str]) -> pa.Table:
