@@ -79,8 +79,8 @@ Two nodes are up, $CPUS CPU each; token authentication is on. In another termina
 
 export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
 
-    raylway submit jobs/flights.yaml
-    ray job submit --working-dir . --runtime-env cluster/runtime-env.yaml -- python -m raylway run jobs/flights.yaml
+    raylway submit jobs/flights.yaml --set storage=\$PWD/runs
+    ray job submit --working-dir . --runtime-env cluster/runtime-env.yaml -- python -m raylway run jobs/flights.yaml --set storage=\$PWD/runs
 
 Ctrl-C here stops both nodes.
 EOF

@@ -255,7 +255,8 @@ def test_interfaces_are_found_by_address() -> None:
 def test_a_host_whose_name_is_loopback_names_its_interface(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is undone at the end
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.9")
     monkeypatch.setattr(worker_setup, "interface_of", {"192.0.2.9": "eth7"}.get)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("192.0.2.9", 0))])

@@ -72,6 +72,35 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_what_a_killed_process_staged_is_removed_and_what_a_living_one_stages_is_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from raylway import storage\n"
+        "with storage.staged_folder(pathlib.Path(sys.argv[1])) as staged:\n"
+        "    (staged / 'half').write_text('x'); print(staged, flush=True); time.sleep(600)\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], stdout=subprocess.PIPE, text=True)
+        for name in ("killed", "living")
+    ]
+    try:
+        killed, living = (Path(writer.stdout.readline().strip()) for writer in writers if writer.stdout)
+        writers[0].kill()
+        writers[0].wait()
+        with storage.staged_folder(tmp_path / "other"):
+            pass
+        assert killed.is_dir()  # not yet: it could be one that was made just now
+        for folder in (killed, living):
+            os.utime(folder, (1, 1))
+        with storage.staged_folder(tmp_path / "another"):
+            pass
+        assert not killed.exists()
+        assert (living / "half").exists()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+
+
 def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for storage_name in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "/proc/nothing"):

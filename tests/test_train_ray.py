@@ -176,7 +176,7 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     assert 100 < reached < 2_400
 
     driver = Driver(broken)
-    # The workers may outlive their driver for a moment and go on counting: only a checkpoint of its own shows the second.
+    # The workers may outlive their driver and go on counting: only a checkpoint of its own shows the second at work.
     driver.wait_for(lambda: any(broken.run.checkpoints.glob("step-*-a002")))
     os.kill(driver.process.pid, signal.SIGINT)
     _, shown = driver.end()

@@ -6,11 +6,13 @@ half-written file under its final name.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +24,7 @@ from raylway.errors import UserError
 Record = TypeVar("Record")
 _CHUNK_BYTES = 1 << 22
 _STAGING_PREFIX = ".staging-"
+_JUST_MADE_S = 60.0
 
 
 def prepare_root(storage: str) -> Path:
@@ -115,12 +118,16 @@ def checksum(path: Path) -> str:
 def staged_folder(final: Path) -> Iterator[Path]:
     """Yield a fresh folder beside `final` and rename it to `final` at the end; on an error remove it.
 
-    When two processes make the same folder, the first to finish wins and the other's copy is removed.
+    When two processes make the same folder, the first to finish wins and the other's copy is removed. What a killed
+    process left behind beside it is removed too.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final.parent)
     staged = final.with_name(f"{_STAGING_PREFIX}{final.name}-{secrets.token_hex(6)}")
     staged.mkdir()
+    held = os.open(staged, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield staged
         sync_folder(staged)
         try:
@@ -129,5 +136,20 @@ def staged_folder(final: Path) -> Iterator[Path]:
             if not final.is_dir():
                 raise
     finally:
+        os.close(held)
         shutil.rmtree(staged, ignore_errors=True)
     sync_folder(final.parent)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove staged folders that no process holds: a lock goes with its process, however it dies. A folder that was
+    made just now may not be locked yet."""
+    for folder in parent.glob(f"{_STAGING_PREFIX}*/"):
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(descriptor).st_mtime > _JUST_MADE_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
