@@ -19,11 +19,12 @@ run: setup
 	@echo "Next: open the report named above, serve with '$(BIN)/raylway serve flights', run the tests with 'make test'."
 
 test: setup
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -m "not long"
 	@echo "Next: 'make run' for the whole way from raw flights to a served answer, 'make test-long' for the long campaigns."
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+	@echo "Next: 'make bench' for the speed beside the plain way."
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,13 @@ from hypothesis import settings
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 settings.register_profile("any machine", deadline=None)  # an example that waits for a busy CPU is not wrong
 settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not list(Path("/dev").glob("nvidia[0-9]*")):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="NOT TESTED HERE: this machine has no GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,80 @@
+"""Longer campaigns, run by `make test-long`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from commands import REPOSITORY, environment, raylway
+from sklearn import metrics
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+
+def test_the_articles_job_ends_in_its_two_metrics(tmp_path: Path) -> None:
+    done = raylway("run", REPOSITORY / "jobs" / "article.yaml", folder=tmp_path, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs" / "article").iterdir()
+    evaluation = json.loads((run / "evaluation.json").read_text())["metrics"]
+    answers = pq.read_table(run / "predictions.parquet").to_pandas()
+    assert len(answers) == 1_200
+    accuracy = metrics.accuracy_score(answers["target"], answers["prediction"])
+    assert evaluation["accuracy"] == pytest.approx(accuracy)
+    assert evaluation["f1_weighted"] == pytest.approx(
+        metrics.f1_score(answers["target"], answers["prediction"], average="weighted")
+    )
+    assert accuracy > 0.8
+    assert f"accuracy {accuracy:.4g}" in done.stderr
+    assert "F1 (weighted)" in done.stderr
+
+
+def test_killed_at_random_moments_the_same_command_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """The whole command is killed in whatever stage it is, again and again; what it ends with is the unbroken run's."""
+    table = pd.DataFrame({"x": range(3_000), "colour": ["red", "blue", "green"] * 1_000})
+    table["sold"] = (table["x"] * 7 % 11 + (table["colour"] == "red") * 3 > 6).map({True: "yes", False: "no"})
+    for name in ("whole", "broken"):
+        folder = tmp_path / name
+        folder.mkdir()
+        table.to_csv(folder / "rows.csv", index=False)
+        (folder / "job.yaml").write_text(
+            "name: killed\ndata: {source: rows.csv, target: sold}\n"
+            "train: {for: 150 epochs, global_batch: 32, checkpoint: {every: 100 steps}}\n"
+        )
+    whole = raylway("run", "job.yaml", folder=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    draw = random.Random(5)
+    killed = 0
+    for _ in range(8):
+        command = subprocess.Popen(
+            [sys.executable, "-m", "raylway", "run", "job.yaml"],
+            cwd=tmp_path / "broken",
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            command.wait(draw.uniform(3, 30))
+        except subprocess.TimeoutExpired:
+            os.kill(command.pid, signal.SIGKILL)
+            killed += command.wait() == -signal.SIGKILL
+            time.sleep(3)  # Ray's processes notice, and end
+    assert killed >= 3
+    done = raylway("run", "job.yaml", folder=tmp_path / "broken")
+    assert done.returncode == 0, done.stderr
+    bundles = [tmp_path / name / "runs" / "killed" for name in ("whole", "broken")]
+    weights = [next(folder.glob("*/bundle/model.safetensors")).read_bytes() for folder in bundles]
+    assert weights[0] == weights[1]
+    steps = []
+    for folder in bundles:
+        lines = [json.loads(line) for line in next(folder.glob("*/metrics.jsonl")).read_text().splitlines()]
+        steps.append([line["step"] for line in lines if line["kind"] == "step"])
+    assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
