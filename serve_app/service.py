@@ -137,7 +137,8 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
     headers = dict(scope["headers"])
     media_type = headers.get(b"content-type", _JSON).partition(b";")[0].strip().lower()
     if media_type != _JSON and not media_type.endswith(b"+json"):
-        raise HttpProblem(415, f"expected application/json; found {media_type.decode('latin-1')}")
+        found = media_type.decode("latin-1")
+        raise HttpProblem(415, f"expected the header Content-Type: application/json; found {found}")
     if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
         raise HttpProblem(415, f"expected a body without content coding; found {coding.decode('latin-1')}")
     declared = headers.get(b"content-length", b"0")

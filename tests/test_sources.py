@@ -185,8 +185,7 @@ def test_a_package_that_fails_while_it_is_looked_into_is_named(tmp_path):
     assert "no such Python module" in shown and "RuntimeError: boom" in shown
 
 
-def test_only_what_training_saw_missing_may_be_left_out(tmp_path):
-    """The word NA is a value in a column of text, and missing in one of numbers."""
+def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
     pd.DataFrame(
         {
             "text": ["NA", "EU"] * 20,
@@ -210,7 +209,7 @@ def test_only_what_training_saw_missing_may_be_left_out(tmp_path):
         found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, assessed)
         return [each.name for each in found.signature.inputs if not each.required]
 
-    assert optional(missing="impute") == ["gaps", "number", "wild"]
+    assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]
 
 
 def test_a_feature_derived_from_truth_values_is_refused(tmp_path):

@@ -89,7 +89,10 @@ def runs(storage: Storage = Path("runs"), json_: Json = False) -> None:
     """List the runs, the oldest first."""
     from raylway.runs.run import all_runs, summary
 
-    for found in all_runs(storage):
+    found_runs = all_runs(storage)
+    if not found_runs:
+        print(f"no runs below {storage}; --storage names another folder", file=sys.stderr)
+    for found in found_runs:
         facts = summary(found)
         print(json.dumps(facts) if json_ else "  ".join(f"{value}" for value in facts.values()))
 
@@ -107,7 +110,9 @@ def predict(
     from raylway.predict import predict_file
     from raylway.runs.run import find_run
 
-    answered, failed = predict_file(find_run(storage, run).bundle, file, output)
+    answered, failed = predict_file(find_run(storage, run, with_bundle=True).bundle, file, output)
+    if output is not None:
+        print(f"{answered:,} rows answered: {output}", file=sys.stderr)
     if failed:
         print(f"{failed} of {answered + failed} rows got no answer; their column 'error' says why", file=sys.stderr)
         raise typer.Exit(1)
@@ -126,7 +131,7 @@ def serve(
     from raylway.launch import serving
     from raylway.runs.run import find_run
 
-    found = find_run(storage, run)
+    found = find_run(storage, run, with_bundle=True)
     serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_))
 
 
@@ -174,7 +179,11 @@ def _stages(job: Path, overrides: list[str] | None, json_: bool, last: str) -> N
     from raylway.job.load import load_job
     from raylway.runs.run import summary
 
-    found = pipeline.run(load_job(job, overrides or ()), _reporter(json_), last)
+    try:
+        found = pipeline.run(load_job(job, overrides or ()), _reporter(json_), last)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise
     if found is None:
         return
     if json_:

@@ -102,13 +102,12 @@ def conclude(
     different = _distinct(types, pieces)
     empty = _empty(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    optional = set() if rules.drop_missing else {name for name in seen if _imputed(seen[name], types[name], rules)}
     sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class) + approximate
     return Outcome(
         task,
         classes,
         roles,
-        signature(names, roles, types, task, classes, optional),
+        signature(names, roles, types, task, classes, required=rules.drop_missing),
         account,
         by_class,
         _by_piece(usable, kept),
@@ -300,11 +299,6 @@ def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
         name: distinct([np.frombuffer(piece.texts[name], np.uint64) for piece in pieces if name in piece.texts])
         for name in texts
     }
-
-
-def _imputed(column: Seen, kind: str, rules: Rules) -> int:
-    """How many cells of a column are filled in when cells are imputed."""
-    return column.missing_as(kind) + (column.infinite if rules.infinite_is_missing and kind == "float64" else 0)
 
 
 def _empty(seen: dict[str, Seen]) -> list[str]:

@@ -33,7 +33,7 @@ from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-VERSION = 1
+VERSION = 2
 """Raise it when preparation gives other bytes for the same source and job."""
 
 

@@ -141,7 +141,7 @@ def choose_features(
 
 
 def signature(
-    names: Names, roles: Roles, types: dict[str, str], task: Task, classes: list[str], optional: set[str]
+    names: Names, roles: Roles, types: dict[str, str], task: Task, classes: list[str], required: bool
 ) -> Signature:
     """What a row must hold to be answered: the source columns behind the features.
 
@@ -151,7 +151,7 @@ def signature(
         types: Type of every source column.
         task: What the model does.
         classes: Class names in order.
-        optional: Columns that may be left out or empty.
+        required: Whether a row must hold all of them; a job that imputes fills whatever is missing.
     """
     computed = frozenset().union(*(names.reads(name) for name in roles.derive))
     direct = {*roles.numeric, *roles.categorical}
@@ -160,7 +160,7 @@ def signature(
         if name in direct or name in computed:
             is_number = name in roles.numeric or (types[name] in ("int64", "float64") and name not in roles.categorical)
             is_number |= name in computed and types[name] in ("int64", "float64")
-            inputs.append(Input(name, "number" if is_number else "category", name not in optional))
+            inputs.append(Input(name, "number" if is_number else "category", required))
     return Signature(task, names.target, inputs, classes)
 
 

@@ -184,7 +184,8 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
     A row's values do not depend on the other rows of the file. Columns that are no input are ignored.
 
     Raises:
-        UserError: The file can't be read, or lacks a required input.
+        UserError: The file can't be read, or lacks the column of an input: of a misspelt heading the whole column would
+            be filled in silently.
     """
     location = file_at(path)
     wanted = {each.name: each for each in signature.inputs}
@@ -237,7 +238,7 @@ def _file_tables(location: Location, wanted: dict[str, Input]) -> Iterator[tuple
 
 
 def _present(names: list[str], wanted: dict[str, Input], location: Location) -> list[str]:
-    lacking = [name for name, each in wanted.items() if each.required and name not in names]
+    lacking = [name for name in wanted if name not in names]
     if lacking:
         near = difflib.get_close_matches(lacking[0], names, n=1)
         raise UserError(

@@ -48,7 +48,8 @@ class Findings:
         yield f"data        {data.files} file(s), {about}{data.rows:,} usable rows; looked at {data.rows_read:,}"
         for column in data.columns:
             missing = f", {column.missing:,} missing" if column.missing else ""
-            described = f"{column.type:<8} {column.role:<12} {column.distinct:,} different{missing}"
+            different = f"{column.distinct:,} different" if column.distinct else "derived"
+            described = f"{column.type:<8} {column.role:<12} {different}{missing}"
             yield f"  {column.name:<{width}}  {described}"
         for decision in data.decisions:
             yield f"  {decision}"

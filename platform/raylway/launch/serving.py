@@ -12,10 +12,8 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -157,20 +155,19 @@ def _proxy_settings(reporter: Reporter) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="rw-haproxy-", dir="/tmp"))  # mode 700, and short: it holds sockets
-    settings = dict(_SETTINGS)
-    if binary := _haproxy():
-        settings |= _haproxy_settings(folder, binary)
-    else:
-        reporter.note("HAProxy is not at hand (it comes with ray[serve] on Linux): Ray's own proxy takes the requests")
-    ours = {name: value for name, value in settings.items() if name not in os.environ}  # the user's own stay
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-        shutil.rmtree(folder, ignore_errors=True)
+    with start.temporary_folder(reporter) as folder:
+        settings = dict(_SETTINGS)
+        if binary := _haproxy():
+            settings |= _haproxy_settings(folder, binary)
+        else:
+            reporter.note("HAProxy (of ray[serve], on Linux) is not at hand: Ray's own proxy takes the requests")
+        ours = {name: value for name, value in settings.items() if name not in os.environ}  # the user's own stay
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
 
 
 def _haproxy_settings(folder: Path, binary: str) -> dict[str, str]:

@@ -78,7 +78,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
         return
     address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")
     before = signal.getsignal(signal.SIGTERM)
-    with _temporary_folder(reporter) as folder:
+    with temporary_folder(reporter) as folder:
         try:
             with reporter.stage("ray") as stage:
                 if address:
@@ -188,8 +188,8 @@ def _show_prints(reporter: Reporter) -> None:
 
 
 @contextmanager
-def _temporary_folder(reporter: Reporter) -> Iterator[Path]:
-    """A private folder for the embedded Ray's sockets and logs, removed at the end.
+def temporary_folder(reporter: Reporter) -> Iterator[Path]:
+    """A private folder for sockets and logs of what is started here, removed at the end.
 
     After an error that is not the user's its logs stay until the next start. A lock that dies with the process tells
     a folder that was left behind (SIGKILL) from one in use. Sockets need a short path, so it is in /tmp.

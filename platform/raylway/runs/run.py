@@ -32,7 +32,7 @@ PREPARED = "prepared"
 
 
 class StageRecord(msgspec.Struct, forbid_unknown_fields=True):
-    status: Literal["running", "done", "failed"]
+    status: Literal["running", "done", "failed", "interrupted"]
     started_at: str
     """UTC, ISO 8601."""
     elapsed_s: float = 0.0
@@ -119,8 +119,9 @@ class Run:
         self._set(name, StageRecord("running", started))
         try:
             yield facts
-        except BaseException:
-            self._set(name, StageRecord("failed", started, time.monotonic() - clock, facts))
+        except BaseException as error:
+            status: Literal["failed", "interrupted"] = "failed" if isinstance(error, Exception) else "interrupted"
+            self._set(name, StageRecord(status, started, time.monotonic() - clock, facts))
             raise
         self._set(name, StageRecord("done", started, time.monotonic() - clock, facts))
 
@@ -162,8 +163,13 @@ def all_runs(root: Path) -> list[Run]:
     return sorted(found, key=lambda run: (run.record.created_at, run.folder))
 
 
-def find_run(root: Path, name: str) -> Run:
+def find_run(root: Path, name: str, with_bundle: bool = False) -> Run:
     """The run that a person means: a folder, a run id (or its beginning), a job's name, or `latest`.
+
+    Args:
+        root: The storage folder.
+        name: What the person typed.
+        with_bundle: Of a job's runs and for `latest`, only those that have ended in a bundle count.
 
     Raises:
         UserError: There is none, or more than one.
@@ -171,17 +177,19 @@ def find_run(root: Path, name: str) -> Run:
     if (Path(name) / _RECORD).exists():
         return Run(Path(name).absolute())
     runs = all_runs(root)
+    usable = [run for run in runs if run.bundle.exists()] if with_bundle else runs
     if name == "latest":
-        matches = runs[-1:]
+        matches = usable[-1:]
     else:
-        of_job = [run for run in runs if run.folder.parent.name == name]
+        of_job = [run for run in usable if run.folder.parent.name == name]
         matches = of_job[-1:] or [run for run in runs if run.folder.name.startswith(name)]
     if len(matches) != 1:
         listed = ", ".join(f"{run.folder.parent.name}/{run.folder.name}" for run in runs[-8:]) or "none"
         raise UserError(
             "no such run" if not matches else "more than one run begins like this",
             where=name,
-            expected=f"a run folder, a run id below {root}, a job's name, or 'latest'",
+            expected=f"a run folder, a run id below {root}, a job's name, or 'latest'"
+            + (", of a run that has finished" if with_bundle else ""),
             found=f"runs there: {listed}",
             fix="start one with: raylway run JOB, or name the folder with --storage",
         )

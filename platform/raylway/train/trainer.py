@@ -77,7 +77,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
     with reporter.stage("train") as stage, located(loaded):
         planned = _planned(loaded, prepared, capacity)
         _check_model(loaded, prepared)
-        reporter.note(_sentence(planned))
+        reporter.note(f"{_sentence(planned)}; {_beginning(run)}")
         assigned = worker.assignment(
             loaded.job, planned, run, prepared, loaded.import_paths, launch=secrets.token_hex(6)
         )
@@ -269,6 +269,14 @@ def _sentence(planned: Plan) -> str:
         f"{planned.workers} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
         f"{planned.accumulation}, {planned.precision}"
     )
+
+
+def _beginning(run: Run) -> str:
+    """Said before the workers start, which takes about ten seconds."""
+    from raylway.train import checkpoint
+
+    found = checkpoint.newest(run.checkpoints, {})
+    return f"going on from step {found.manifest.step:,} ({found.folder.name})" if found else "starting the workers"
 
 
 def _summary(outcome: TrainOutcome, loaded: LoadedJob) -> str:
