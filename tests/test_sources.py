@@ -360,6 +360,7 @@ def test_a_file_to_predict_accounts_for_every_row(tmp_path, monkeypatch):
 
 def test_a_parquet_file_to_predict(tmp_path):
     frame = pa.table({"store": [1.0, 2.0, None], "n": pa.array([1, 2, 3], pa.int8()), "more": ["p", "q", "r"]})
+    frame = frame.append_column("word", pa.nulls(3, pa.string()))
     pd_path = tmp_path / "f.parquet"
     pa.parquet.write_table(frame, pd_path, row_group_size=2)
     found = sources.read_table(pd_path, SIGNATURE, TRANSFORM)
@@ -368,17 +369,21 @@ def test_a_parquet_file_to_predict(tmp_path):
 
 
 def test_a_parquet_file_without_rows_or_with_a_column_of_lists(tmp_path):
-    schema = pa.schema({"store": pa.string(), "n": pa.int8()})
+    schema = pa.schema({"store": pa.string(), "n": pa.int8(), "word": pa.string()})
     pa.parquet.ParquetWriter(tmp_path / "none.parquet", schema).close()
     found = sources.read_table(tmp_path / "none.parquet", SIGNATURE, TRANSFORM)
     assert found.table.num_rows == found.total == 0 and found.table.column_names == ["n", "store", "word"]
-    pa.parquet.write_table(pa.table({"store": ["1"], "n": [[1]]}), tmp_path / "lists.parquet")
+    pa.parquet.write_table(pa.table({"store": ["1"], "n": [[1]], "word": ["x"]}), tmp_path / "lists.parquet")
     with pytest.raises(UserError, match="not read") as caught:
         sources.read_table(tmp_path / "lists.parquet", SIGNATURE, TRANSFORM)
     assert "lists.parquet" in caught.value.where
 
 
-def test_a_file_to_predict_without_a_required_column_is_refused(tmp_path):
+def test_a_file_to_predict_without_the_column_of_an_input_is_refused(tmp_path):
+    """Of an optional one too: with a misspelt heading the whole column would be filled in silently."""
+    (tmp_path / "e.csv").write_text("n,store,wrod\n1,2,x\n")
+    with pytest.raises(UserError, match="lacks the column 'word'"):
+        sources.read_table(tmp_path / "e.csv", SIGNATURE, TRANSFORM)
     (tmp_path / "f.csv").write_text("n,stor\n1,2\n")
     with pytest.raises(UserError, match="lacks the column 'store'") as caught:
         sources.read_table(tmp_path / "f.csv", SIGNATURE, TRANSFORM)
