@@ -44,16 +44,21 @@ def test_the_keys_are_these() -> None:
     """A new key is a decision: it needs a reader, a test, a line in docs/job-file.md, and its place in this list."""
     expected = """
         format name seed storage task
-        data data.source data.target data.derive
-        data.features data.features.numeric data.features.categorical data.features.drop
+        data data.source
+        data.read data.read.format data.read.delimiter data.read.quote data.read.encoding data.read.decimal
+        data.read.missing data.read.columns
+        data.target data.derive
+        data.features data.features.numeric data.features.categorical data.features.date data.features.drop
+        data.transform data.transform.scale data.transform.impute data.transform.indicator data.transform.bins
+        data.transform.categories data.transform.rare data.transform.columns
         data.clean data.clean.missing data.clean.duplicates data.clean.invalid data.clean.max_invalid
         data.clean.infinite
-        data.split data.split.by data.split.validation data.split.test
+        data.split data.split.by data.split.column data.split.at data.split.validation data.split.test
         model model.kind model.hidden model.dropout model.args
         train train.for train.global_batch train.microbatch train.precision
         train.optimizer train.optimizer.kind train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
         train.schedule train.schedule.kind train.schedule.warmup train.schedule.every train.schedule.gamma
-        train.clip train.workers train.resources train.resources.cpus train.resources.gpus
+        train.clip train.balance train.workers train.resources train.resources.cpus train.resources.gpus
         train.checkpoint train.checkpoint.every train.checkpoint.keep
         train.validate train.validate.every train.validate.best train.validate.patience
         serve serve.replicas serve.replicas.min serve.replicas.max serve.max_batch

@@ -33,16 +33,79 @@ class Features(Section):
     """Columns to read as numbers; a cell that is no number is invalid."""
     categorical: list[str] = []
     """Columns to read as categories, whatever their type."""
+    date: list[str] = []
+    """Columns to read as dates or times; a cell that is none is invalid."""
     drop: list[str] = []
     """Columns to leave out of the features."""
 
     @model_validator(mode="after")
     def _once(self) -> Features:
-        names = [*self.numeric, *self.categorical, *self.drop]
+        names = [*self.numeric, *self.categorical, *self.date, *self.drop]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"expected each column in one list only; found twice: {', '.join(twice)}")
         return self
+
+
+class Read(Section):
+    """How the source's files are read; what is left out is found out by a stated rule and printed."""
+
+    format: Literal["auto", "csv", "jsonl", "text", "parquet", "arrow"] = "auto"
+    """`auto`: by the ending of the file's name."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | Auto = "auto"
+    """What parts the cells of a CSV file; `auto`: the one of comma, semicolon, tab and bar that stands most often in
+    the heading."""
+    quote: Literal['"', "'", "none"] = '"'
+    """What encloses a cell that holds a delimiter or line end."""
+    encoding: Text = "auto"
+    """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
+    decimal: Literal[".", ","] = "."
+    """The decimal mark of numbers."""
+    missing: list[str] = []
+    """Words that are missing cells in every column, such as `-999` or `unknown`."""
+    columns: list[Text] = []
+    """Names of the columns of CSV files without a heading."""
+
+
+class ColumnTransform(Section):
+    """How one column becomes numbers."""
+
+    scale: Literal["standard", "robust", "quantile", "log", "none"] | None = None
+    impute: Literal["mean", "median", "most_frequent"] | float | None = None
+    indicator: bool | None = None
+    bins: Annotated[int, Field(ge=2, le=1024)] | None = None
+    categories: Literal["embedding", "one_hot"] | None = None
+    rare: Count | None = None
+
+    @field_validator("impute", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
+
+
+class Transform(Section):
+    """How columns become the model's numbers, fitted on the training rows only."""
+
+    scale: Literal["standard", "robust", "quantile", "log", "none"] = "standard"
+    """`standard`: mean 0, spread 1. `robust`: median 0, interquartile range 1. `quantile`: the share of training rows
+    below, from 0 to 1. `log`: sign(x) log(1 + |x|), then standard."""
+    impute: Literal["mean", "median", "most_frequent"] | float = "mean"
+    """What stands in for a missing number with `clean.missing: impute`; a number is that number. A missing category
+    always becomes the most frequent one."""
+    indicator: bool = False
+    """One more input for each feature that misses cells in training: 1 where the cell was missing."""
+    bins: Annotated[int, Field(ge=2, le=1024)] | None = None
+    """Piecewise-linear encoding of every numeric feature over so many quantile bins (arXiv 2203.05556)."""
+    categories: Literal["embedding", "one_hot"] = "embedding"
+    rare: Count = 1
+    """Categories with fewer training rows than this share one code."""
+    columns: dict[str, ColumnTransform] = {}
+    """What differs for a column, by its name."""
+
+    @field_validator("impute", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
 
 
 class Clean(Section):
@@ -61,11 +124,34 @@ class Clean(Section):
     """An infinite number stops the job, or counts as an empty cell."""
 
 
+class At(Section):
+    """Where a split by time is cut; a date or time in ISO 8601, or a number if the column holds numbers."""
+
+    validation: str | int | float | None = None
+    """First instant of the validation rows; left out: there are none."""
+    test: str | int | float
+    """First instant of the test rows."""
+
+
+class Files(Section):
+    """Separate files for the sides of the split."""
+
+    train: Text | list[Text]
+    validation: Text | list[Text] | None = None
+    test: Text | list[Text] | None = None
+
+
 class Split(Section):
     """How kept rows are divided; equal rows always fall on one side."""
 
-    by: Literal["auto", "stratified", "random"] = "auto"
-    """`stratified` keeps the share of each class (exact counts); `auto` is `stratified` for classification."""
+    by: Literal["auto", "stratified", "random", "group", "time", "column"] = "auto"
+    """`stratified` keeps the share of each class (exact counts). `group`: rows with one value of `column` stay on one
+    side. `time`: the latest rows by `column` are for test, those before for validation. `column`: `column` says
+    `train`, `validation` or `test`. `auto` is `stratified` for classification, else `random`."""
+    column: Text | None = None
+    """For `group`, `time` and `column`."""
+    at: At | None = None
+    """For `time`: the first instants of validation and test, instead of shares."""
     validation: Share = 0.1
     test: Share = 0.2
 
@@ -75,17 +161,32 @@ class Split(Section):
             raise ValueError("expected validation and test to leave rows for training: together below 100%")
         return self
 
+    @model_validator(mode="after")
+    def _column_fits(self) -> Split:
+        needs = self.by in ("group", "time", "column")
+        if needs and self.column is None:
+            raise ValueError(f"expected column with by: {self.by}, such as {{by: {self.by}, column: NAME}}")
+        if not needs and self.column is not None:
+            raise ValueError(f"expected no column with by: {self.by}; it is for group, time and column")
+        if self.at is not None and self.by != "time":
+            raise ValueError(f"expected no at with by: {self.by}; it is for time")
+        return self
+
 
 class Data(Section):
-    source: Text | list[Text]
-    """A file, glob or folder; `pkg://package/path`; `python://module:function` (returns a table); or a list of these.
-    A relative path is looked for beside the job file, then in the current folder."""
+    source: Text | list[Text] | Files
+    """A file, glob or folder; `s3://`, `gs://` or `https://` address; `pkg://package/path`; `python://module:function`
+    (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
+    is then theirs. A relative path is looked for beside the job file, then in the current folder."""
+    read: Read = Read()
     target: str
     """The column to predict; may be a derived one."""
     derive: dict[str, str] = {}
-    """New columns by name, each an expression over columns, such as `arr_delay > 15`. What the target derives from is
-    not a feature."""
+    """New columns by name, each an expression over columns, such as `arr_delay > 15`, or a function of yours,
+    `module:function(column, column)`, which takes an Arrow table of these columns and returns one Arrow array. What the
+    target derives from is not a feature."""
     features: Features = Features()
+    transform: Transform = Transform()
     clean: Clean = Clean()
     split: Split = Split()
 
@@ -185,6 +286,9 @@ class Train(Section):
     schedule: Schedule = Schedule()
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global norm of the gradient; `null` turns clipping off."""
+    balance: Literal["none", "weights", "resample"] = "none"
+    """Classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class); `resample`
+    draws each class equally often, with as many rows an epoch as there are."""
     workers: Count | Auto = "auto"
     """`auto`: one for each GPU of the cluster, or one."""
     resources: Resources = Resources()
