@@ -15,6 +15,7 @@ import msgspec
 import xxhash
 
 from raylway import storage
+from raylway.bundle import code
 from raylway.data import clean, csv_read, engine, files, items, outcome, shards
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
@@ -25,22 +26,27 @@ from raylway.data.items import Part, Range, Reading, Stream
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome
 from raylway.data.roles import Names, check_names
-from raylway.data.shards import Measured, To, Use, Written
+from raylway.data.shards import To, Use, Written
+from raylway.features import derive, fit
 from raylway.features import transform as features_transform
 from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
 from raylway.features.transform import Transform
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-VERSION = 2
+VERSION = 3
 """Raise it when preparation gives other bytes for the same source and job."""
 
 
 def fingerprint(loaded: LoadedJob) -> str:
     """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code.
 
-    Of a `python://` source it knows the module's file and the function's name.
+    Of a `python://` source it knows the module's file and the function's name, of the user's functions for derived
+    columns their modules' source.
+
+    Raises:
+        UserError: A source or module is not there.
     """
     job = loaded.job
     digest = xxhash.xxh3_128()
@@ -52,6 +58,10 @@ def fingerprint(loaded: LoadedJob) -> str:
         job.task,
         job.data.model_dump(mode="json"),
     ]
+    with located(loaded):
+        modules = derive.modules(job.data.derive)
+    for module in modules:
+        facts += [(inside, storage.checksum(path)) for inside, path in sorted(code.sources(module).items())]
     facts += [(location.name, location.function, files.checksum(location)) for location in files.locate(loaded)]
     digest.update(msgspec.json.encode(facts))
     return digest.hexdigest()[:16]
@@ -94,7 +104,7 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
     assess = functools.partial(clean.assess, rules=rules)
     assessed = pieces.map(assess, Assessed, _rows(stage, rows, "rows cleaned"))
     decided = outcome.conclude(loaded, source, names, rules, seen, assessed)
-    transform, written = _encode(pieces, decided, Use.of(rules, names, decided.roles), folder, stage)
+    transform, written = _encode(pieces, decided, Use.of(rules, names, decided.plan), folder, stage)
     manifest = Manifest(
         format=FORMAT,
         fingerprint=mark,
@@ -167,10 +177,12 @@ def _encode(
 ) -> tuple[Transform, list[Shard]]:
     """Fit the transform on the training rows, then write the shards."""
     rows = sum(len(sides) for sides in decided.sides)
-    measure = functools.partial(shards.measure, use=use, target_is_number=decided.task == "regression")
-    measured = pieces.map(measure, Measured, _rows(stage, rows, "rows measured"), decided.sides)
-    transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
-    each = shards.rows_per_shard(use)
+    transform: fit.Question | Transform = fit.first_question(use.plan)
+    while isinstance(transform, fit.Question):
+        measure = functools.partial(shards.measure, use=use, question=transform)
+        parts = pieces.map(measure, fit.Part, _rows(stage, rows, "rows measured"), decided.sides)
+        transform = fit.advance(use.plan, transform, parts)
+    each = shards.rows_per_shard(transform)
     keys = [(fact.item, fact.number) for fact in pieces.facts]
     to = To(str(folder), dict(zip(keys, shards.numbering(decided.sides, each), strict=True)), each)
     write = functools.partial(shards.write, use=use, transform=transform, to=to)
@@ -210,9 +222,9 @@ def _write_quarantine(folder: Path, rejects: list[Reject], places: Places) -> No
 
 
 def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str, Seen]) -> None:
-    roles_by_name = dict.fromkeys(decided.roles.numeric, "numeric") | dict.fromkeys(
-        decided.roles.categorical, "categorical"
-    )
+    roles = decided.roles
+    roles_by_name = dict.fromkeys(roles.numeric, "numeric") | dict.fromkeys(roles.categorical, "categorical")
+    roles_by_name |= dict.fromkeys(roles.date, "date")
     columns = []
     for name, kind in rules.types.items():
         missing = seen[name].missing_as(kind)

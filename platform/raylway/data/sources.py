@@ -64,6 +64,7 @@ class Sample(msgspec.Struct, frozen=True):
     """Those in the sample."""
     numeric: list[str]
     categorical: list[str]
+    date: list[str]
     decisions: list[str]
 
 
@@ -108,12 +109,13 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         train=train,
         validation=validation,
         test=rows - train - validation,
-        columns=_columns(pieces, rules, seen, assessed[0], found),
+        columns=_columns(pieces, rules, seen, assessed, found),
         task=found.task,
         target=names.target,
         classes=found.classes,
         numeric=found.roles.numeric,
         categorical=found.roles.categorical,
+        date=found.roles.date,
         decisions=[*source.notes, *types.sentences, *found.sentences],
     )
 
@@ -137,12 +139,13 @@ def _heads(
 
 
 def _columns(
-    pieces: list[Piece], rules: Rules, seen: dict[str, Seen], first: Assessed, found: Outcome | Preview
+    pieces: list[Piece], rules: Rules, seen: dict[str, Seen], assessed: list[Assessed], found: Outcome | Preview
 ) -> list[SampledColumn]:
     roles = dict.fromkeys(found.roles.numeric, "numeric") | dict.fromkeys(found.roles.categorical, "categorical")
+    roles |= dict.fromkeys(found.roles.date, "date")
     roles[rules.target] = "target"
     result = []
-    for name, kind in (rules.types | first.derived_types).items():
+    for name, kind in (rules.types | outcome.derived_types(rules, assessed)).items():
         missing = distinct = 0
         if name in seen:
             missing = seen[name].missing_as(kind)
@@ -189,7 +192,7 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
     """
     location = file_at(path)
     wanted = {each.name: each for each in signature.inputs}
-    known = {feature.name: pa.array(feature.categories, pa.string()) for feature in transform.categorical}
+    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
     schema = {name: _kind(each) for name, each in wanted.items()} | {_LINE: pa.int64(), _PLACE: pa.int64()}
     tables = [pa.schema(schema).empty_table()]  # a Parquet file without row groups gives no other
     errors: list[RowError] = []
@@ -267,6 +270,11 @@ def _inputs(
             arrays[name], bad = _as_number(stored)
             for row in np.flatnonzero(bad):
                 reasons.setdefault(int(row), (name, f"{table[name][int(row)].as_py()!r} is no finite number"))
+        elif each.type == "date":
+            texts = stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else canonical_text(stored)
+            arrays[name], bad = clean.dates_of(texts)
+            for row in np.flatnonzero(bad):
+                reasons.setdefault(int(row), (name, f"{texts[int(row)].as_py()!r} is no date"))
         else:
             arrays[name] = _as_category(stored, known.get(name))
         if each.required:

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 DAY = 86_400_000_000
 """Microseconds."""
+_FIRST, _LAST = -719_162 * DAY, 2_932_897 * DAY - 1
+"""Of the years 1 and 9999: a zone may lead out of them."""
 
 _PATTERN = (
     r"^ *(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})"
@@ -41,6 +43,23 @@ def parse(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     instants, valid = _parsed(encoded.dictionary)
     rows = pc.fill_null(encoded.indices, len(instants)).to_numpy(zero_copy_only=False)
     return np.append(instants, 0)[rows], np.append(valid, False)[rows]
+
+
+def parts(instants: np.ndarray) -> dict[str, np.ndarray]:
+    """What a model may learn from N instants, in UTC: int64 `year`, `month` (1 to 12), `day` (1 to 31), `weekday` (1 is
+    Monday, 7 Sunday) and `hour` (0 to 23), and float64 `seconds` since 1970."""
+    days = instants // DAY
+    dates = days.astype("datetime64[D]")
+    months = dates.astype("datetime64[M]")
+    number = months.astype(np.int64)
+    return {
+        "year": number // 12 + 1970,
+        "month": number % 12 + 1,
+        "day": (dates - months.astype("datetime64[D]")).astype(np.int64) + 1,
+        "weekday": (days + 3) % 7 + 1,  # 1970 began on a Thursday
+        "hour": (instants - days * DAY) // 3_600_000_000,
+        "seconds": instants / 1_000_000,
+    }
 
 
 def text(instant: int) -> str:
@@ -76,6 +95,7 @@ def _parsed(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     minutes -= np.where(west, -1, 1) * (number["zone_hour"] * 60 + number["zone_minute"])
     days = first.astype(np.int64) + day - 1
     instants = days * DAY + (minutes * 60 + number["second"]) * 1_000_000 + micros
+    valid &= (instants >= _FIRST) & (instants <= _LAST)
     return np.where(valid, instants, 0), valid
 
 

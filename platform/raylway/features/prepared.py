@@ -24,7 +24,7 @@ from raylway.errors import RunFailed
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LINE_BITS = 40
 SplitName = Literal["train", "validation", "test"]
@@ -148,7 +148,7 @@ class Prepared:
     def rows(self, split: SplitName, verify: bool = False) -> Rows:
         transform = self.manifest.transform
         target = pa.int32() if transform.target.task == "classification" else pa.float64()
-        schema = shard_schema(len(transform.numeric), len(transform.categorical), target)
+        schema = shard_schema(transform.num_numeric, len(transform.category_counts), target)
         return Rows(self.folder, self.shards(split), schema, verify)
 
 
