@@ -108,6 +108,13 @@ def rate(kept: int) -> float:
     return min(1.0, SAMPLE_ROWS / max(1, kept))
 
 
+def chosen(row_ids: np.ndarray, sides: np.ndarray, rate: float) -> np.ndarray:
+    """Positions of the rows that belong to the sample: int64, ascending. Arguments as for `sample`."""
+    if rate >= 1:
+        return np.flatnonzero(sides > 0)
+    return np.flatnonzero((mix(row_ids.copy()) < np.uint64(rate * 2.0**64)) & (sides > 0))
+
+
 def sample(table: pa.Table, sides: np.ndarray, rate: float) -> bytes:
     """Some kept rows of a piece, the same whatever the cut into pieces: chosen by their row ids.
 
@@ -119,11 +126,8 @@ def sample(table: pa.Table, sides: np.ndarray, rate: float) -> bytes:
     Returns:
         Arrow IPC stream: the table's columns and `SIDE`.
     """
-    hashes = mix(table[ROW_ID].combine_chunks().to_numpy().copy())
-    chosen = np.flatnonzero((hashes <= np.uint64(min(rate * 2.0**64, 2.0**64 - 2048))) & (sides > 0))
-    if rate >= 1:
-        chosen = np.flatnonzero(sides > 0)
-    rows = table.take(pa.array(chosen)).append_column(SIDE, pa.array(sides[chosen], pa.int8()))
+    positions = chosen(table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
+    rows = table.take(pa.array(positions)).append_column(SIDE, pa.array(sides[positions], pa.int8()))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as writer:
         writer.write_table(rows)

@@ -8,11 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from raylway.data import split
+from raylway.data import describe, split
 from raylway.data.clean import Assessed, Rules, distinct
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
+from raylway.data.describe import Described
 from raylway.data.opening import Source, no_rows
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
 from raylway.errors import UserError
@@ -38,6 +39,8 @@ class Outcome:
     """Different values of each column of text."""
     rejects: list[Reject]
     sentences: list[str]
+    described: Described
+    """All columns over all rows that could be read."""
 
 
 def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
@@ -100,7 +103,7 @@ def conclude(
         for side, name in enumerate(SPLITS, 1)
     }
     different = _distinct(types, pieces)
-    empty = _empty(seen)
+    empty = empty_columns(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
     sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class) + approximate
     return Outcome(
@@ -114,6 +117,7 @@ def conclude(
         different,
         rejects,
         sentences,
+        describe.merged(piece.described for piece in pieces),
     )
 
 
@@ -127,6 +131,7 @@ class Preview:
     distinct: dict[str, int]
     usable: int
     sentences: list[str]
+    described: Described
 
 
 def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen], pieces: list[Assessed]) -> Preview:
@@ -139,9 +144,10 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     types = rules.types | pieces[0].derived_types
     task, why, classes, _ = _target(loaded, names, types, pieces, rows, whole_data=False)
     different = _distinct(types, pieces)
-    empty = _empty(seen)
+    empty = empty_columns(seen)
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
-    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences)
+    described = describe.merged(piece.described for piece in pieces)
+    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
 
 
 def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:
@@ -301,7 +307,8 @@ def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
     }
 
 
-def _empty(seen: dict[str, Seen]) -> list[str]:
+def empty_columns(seen: dict[str, Seen]) -> list[str]:
+    """Columns without a present cell."""
     return [name for name, column in seen.items() if column.stored == ["null"]]
 
 

@@ -7,33 +7,41 @@ about 30 bytes for each row of the source.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from raylway import storage
-from raylway.data import clean, csv_read, engine, files, items, outcome, shards
-from raylway.data.clean import Assessed, Rules
+from raylway.data import clean, csv_read, describe, engine, files, items, leaks, outcome, shards, warnings
+from raylway.data import report as column_report
+from raylway.data.clean import Assessed
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.csv_text import Scan
 from raylway.data.decide import Places, Types, lost, refuse_infinite
+from raylway.data.describe import SIDE
 from raylway.data.items import Part, Range, Reading, Stream
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
+from raylway.data.split import TRAIN
+from raylway.data.warnings import Subject
 from raylway.features import transform as features_transform
 from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
+from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-VERSION = 2
+VERSION = 3
 """Raise it when preparation gives other bytes for the same source and job."""
 
 
@@ -94,7 +102,20 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
     assess = functools.partial(clean.assess, rules=rules)
     assessed = pieces.map(assess, Assessed, _rows(stage, rows, "rows cleaned"))
     decided = outcome.conclude(loaded, source, names, rules, seen, assessed)
-    transform, written = _encode(pieces, decided, Use.of(rules, names, decided.roles), folder, stage)
+    use = Use.of(rules, names, decided.roles)
+    transform, written, sample = _encode(pieces, decided, use, folder, stage)
+    every = sorted((shard for part in written for shard in part.shards), key=_order)
+    sample = features_transform.derived(sample, names.derive)
+    split_by = loaded.job.data.split.by
+    subject = Subject(
+        decided.described.columns,
+        decided.roles.numeric,
+        decided.roles.categorical,
+        names.target,
+        decided.task,
+        dict(zip(decided.classes, decided.by_class["train"], strict=True)),
+        ("class" if decided.classes else "chance") if split_by == "auto" else split_by,
+    )
     manifest = Manifest(
         format=FORMAT,
         fingerprint=mark,
@@ -103,13 +124,20 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
         signature=decided.signature,
         transform=transform,
         files=source.files,
-        shards=written,
+        shards=every,
         decisions=[*source.notes, *types.sentences, *decided.sentences],
+        warnings=warnings.find(subject, sample),
+        profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
+        leak_test=leaks.leak_test(folder, every, decided.account.kept, _contents(assessed, decided, written)),
     )
     for sentence in manifest.decisions:
         reporter.note(f"  {sentence}")
+    for sentence in manifest.warnings:
+        reporter.note(f"  warning: {sentence}")
     _write_quarantine(folder, decided.rejects, source.places)
-    _write_profile(folder, decided, rules, seen)
+    empty = outcome.empty_columns(seen)
+    columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
+    storage.write_record(folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
     storage.write_record(folder / MANIFEST, manifest)
     return manifest
 
@@ -164,10 +192,11 @@ def _cut(source: Source) -> list[Part]:
 
 def _encode(
     pieces: engine.Pieces, decided: Outcome, use: Use, folder: Path, stage: Stage
-) -> tuple[Transform, list[Shard]]:
-    """Fit the transform on the training rows, then write the shards."""
+) -> tuple[Transform, list[Written], pa.Table]:
+    """Fit the transform on the training rows, then write the shards; and a sample of the kept rows."""
     rows = sum(len(sides) for sides in decided.sides)
-    measure = functools.partial(shards.measure, use=use, target_is_number=decided.task == "regression")
+    rate = describe.rate(decided.account.kept)
+    measure = functools.partial(shards.measure, use=use, target_is_number=decided.task == "regression", rate=rate)
     measured = pieces.map(measure, Measured, _rows(stage, rows, "rows measured"), decided.sides)
     transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
     each = shards.rows_per_shard(use)
@@ -175,8 +204,19 @@ def _encode(
     to = To(str(folder), dict(zip(keys, shards.numbering(decided.sides, each), strict=True)), each)
     write = functools.partial(shards.write, use=use, transform=transform, to=to)
     written = pieces.map(write, Written, _rows(stage, rows, "rows written"), decided.sides)
-    every = [shard for part in written for shard in part.shards]
-    return transform, sorted(every, key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    return transform, written, describe.sampled(part.sample for part in measured)
+
+
+def _order(shard: Shard) -> tuple[int, str]:
+    return SPLITS.index(shard.split), shard.file
+
+
+def _contents(assessed: list[Assessed], decided: Outcome, written: list[Written]) -> Iterator[leaks.Contents]:
+    """What the kept rows hold, piece by piece."""
+    for piece, sides, part in zip(assessed, decided.sides, written, strict=True):
+        usable = np.frombuffer(piece.usable, bool)
+        hashes = np.frombuffer(piece.hashes, np.uint64).reshape(-1, 2)
+        yield leaks.Contents(np.frombuffer(part.row_ids, np.uint64), hashes[sides[usable] > 0])
 
 
 def _rows(stage: Stage, total: int, unit: str) -> Callable[[int], None]:
@@ -207,17 +247,3 @@ def _write_quarantine(folder: Path, rejects: list[Reject], places: Places) -> No
         lines.append(msgspec.json.encode(record) + b"\n")
     (folder / "quarantine").mkdir()
     storage.write_bytes(folder / "quarantine" / "rows.jsonl", b"".join(lines))
-
-
-def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str, Seen]) -> None:
-    roles_by_name = dict.fromkeys(decided.roles.numeric, "numeric") | dict.fromkeys(
-        decided.roles.categorical, "categorical"
-    )
-    columns = []
-    for name, kind in rules.types.items():
-        missing = seen[name].missing_as(kind)
-        role = "target" if name == rules.target else roles_by_name.get(name, "unused")
-        columns.append(
-            {"name": name, "type": kind, "role": role, "missing": missing, "distinct": decided.distinct.get(name)}
-        )
-    storage.write_record(folder / "profile.json", {"columns": columns})

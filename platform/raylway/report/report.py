@@ -17,7 +17,7 @@ import msgspec
 from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
 from raylway.features.prepared import SPLITS, Manifest, Prepared
-from raylway.report import figures, words
+from raylway.report import figures, sparks, words
 from raylway.report.charts import Figure
 from raylway.runs.run import STAGES, Run, RunRecord
 
@@ -51,6 +51,8 @@ def write(run: Run, prepared: Prepared) -> Path:
             job=run.job.read_text(encoding="utf-8") if run.job.exists() else "",
             account=manifest.account,
             balance=_balance(manifest),
+            leak_test=manifest.leak_test,
+            leak_words=words.leaks(manifest.leak_test) if manifest.leak_test else "",
             columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
             training={**training, **training.get("plan", {})},
@@ -157,7 +159,7 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
         for each in transform.categorical
     }
     columns = msgspec.json.decode(path.read_bytes())["columns"]
-    return [{**column, "learnt": learnt.get(column["name"], "")} for column in columns]
+    return [{**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)} for column in columns]
 
 
 def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:
