@@ -55,7 +55,8 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     from raylway.launch.check import check
 
     check(loaded)
-    with start.connect(reporter, loaded.import_paths, ahead=("torch",)) as capacity:
+    ahead = ("ray.data",) if last == "prepare" else ("ray.data", "torch")
+    with start.connect(reporter, loaded.import_paths, ahead) as capacity:
         capacity.require_shared(root)
         started_at = time.monotonic()
         prepared = data_prepare.prepare(loaded, root, reporter)
