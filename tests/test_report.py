@@ -82,8 +82,7 @@ def log_training(run: Run, steps: int) -> None:
     ]
     lines += [{"kind": "validation", "step": steps, "val_loss": 0.25, "val_accuracy": 0.875}]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
-    with run.stage("prepare"):
-        pass
+    run.add_prepare(2.0, 4.5)
     with run.stage("train") as facts:
         facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001", plan={"global_batch": 4_096})
 
@@ -143,6 +142,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.Monk
     with run.stage("bundle"):
         pass
     text = page(run, prepared).text
+    assert "start of Ray 4.5 s prepare 2.0 s" in text
     accuracy = evaluation.metrics["accuracy"]
     assert accuracy is not None
     assert f"rightly {accuracy:.1%} of the time" in text

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from sklearn import datasets
 
-from raylway.data import sources
+from raylway.data import describe, sources
+from raylway.data.split import TEST, TRAIN
+from raylway.data.warnings import Subject, find
 from raylway.job.load import load_job
 
 ROWS = 600
@@ -67,6 +70,8 @@ def test_an_identifier_is_named(tmp_path: Path, name: str, values: Any, why: str
     frame = ordinary()
     frame.insert(0, name, values(np.random.default_rng(0)))
     (sentence,) = warned(tmp_path, frame)
+    reported = sources.sample(load_job(tmp_path / "job.yaml")).columns[0]
+    assert reported.role == "identifier" and why in reported.why
     assert sentence.startswith(f"column {name!r} looks like an identifier and is used as a feature: ")
     assert why in sentence and "data.features.drop" in sentence
 
@@ -141,3 +146,24 @@ def test_a_rare_class_alone_is_no_proof_of_a_leak(tmp_path: Path) -> None:
     frame = ordinary()
     frame["answer"] = np.where(np.arange(ROWS) % 30 == 0, "yes", "no")
     assert warned(tmp_path, frame) == []
+
+
+def test_train_and_test_that_differ_are_named() -> None:
+    """A split by time of rows that drift: the sides are given here, as `prepare` gives them."""
+    rng = np.random.default_rng(5)
+    frame = pa.table(
+        {
+            "x": np.concatenate([rng.normal(size=500), rng.normal(1.0, 1, 200)]),
+            "steady": rng.normal(size=700),
+            "place": ["a", "b"] * 250 + ["c", "b"] * 100,
+            "y": rng.normal(size=700),
+        }
+    )
+    sides = pa.array([TRAIN] * 500 + [TEST] * 200, pa.int8())
+    columns = describe.describe(frame).columns
+    subject = Subject(columns, ["x", "steady"], ["place"], "y", "regression", {}, "time")
+    (sentence,) = find(subject, frame.append_column(describe.SIDE, sides))
+    assert sentence.startswith("train and test differ in place (PSI ")
+    assert ", x (KS " in sentence and "steady" not in sentence and "under the split by time" in sentence
+    mixed = pa.array(rng.permutation(sides.to_numpy()), pa.int8())
+    assert find(subject, frame.append_column(describe.SIDE, mixed)) == []

@@ -114,7 +114,8 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
 
 
 def _described(piece: Piece, full: pa.Table, valid: np.ndarray) -> Described:
-    """The columns over all rows that are not invalid. Texts as the piece holds them, dictionary-encoded: they need not be encoded again."""
+    """The columns over all rows that are not invalid. Texts are taken as the piece holds them, dictionary-encoded: they
+    need not be encoded again."""
     arrays = {name: full[name] for name in full.column_names}
     for name in piece.table.column_names:
         if name in arrays and pa.types.is_string(arrays[name].type):

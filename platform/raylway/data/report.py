@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from raylway.data.describe import Column
 from raylway.data.roles import Names, Roles
+from raylway.data.warnings import looks_like_identifier
 from raylway.features.schema import as_float64
 
 _BARS = 24
@@ -86,6 +87,8 @@ def _role(name: str, column: Column, names: Names, roles: Roles, empty: list[str
         if name in chosen:
             if column.distinct == 1 and not column.infinite:
                 return "constant", f"{role} feature with one value in every row"
+            if role == "numeric" and (looks := looks_like_identifier(name, column)):
+                return "identifier", f"numeric feature, but {looks}"
             if name in listed[role]:
                 return role, f"listed under features.{role}"
             if role == "numeric":

@@ -70,7 +70,7 @@ def find(subject: Subject, sample: pa.Table | None) -> list[str]:
 def looks_like_identifier(name: str, column: Column) -> str:
     """Why a column of whole numbers is a counter or a key and no measurement; empty if it does not look like one.
 
-    The rule: at least 50 numbers, all whole and all different (beyond 2,048 values: nearly all), and either the column
+    The rule: at least 50 numbers, all whole and all different (beyond 4,096 values: nearly all), and either the column
     is called like an identifier (id, customer_id, userId, index, key, uuid) or the numbers follow one another without
     large gaps, at most twice as many places as numbers.
     """

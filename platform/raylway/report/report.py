@@ -76,6 +76,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": words.number,
         "figure": words.figure,
+        "bound": words.bound,
         "seconds": words.seconds,
         "moment": words.moment,
         "joined": words.sentence_list,
@@ -177,10 +178,12 @@ def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
 
 
 def _clock(record: RunRecord) -> list[dict[str, Any]]:
-    """Seconds of each stage that has begun, with its share of the longest."""
-    stages = [(name, record.stages[name]) for name in STAGES[:-1] if name in record.stages]
-    longest = max((stage.elapsed_s for _, stage in stages), default=0.0) or 1.0
+    """Seconds of Ray's start and of each stage that has begun, with their share of the longest."""
+    times = [(name, found.status, found.elapsed_s) for name in STAGES[:-1] if (found := record.stages.get(name))]
+    if times and times[0][0] == "prepare" and "ray_s" in record.stages["prepare"].facts:
+        times.insert(0, ("start of Ray", "done", record.stages["prepare"].facts["ray_s"]))
+    longest = max((elapsed for _, _, elapsed in times), default=0.0) or 1.0
     return [
-        {"name": name, "status": stage.status, "elapsed_s": stage.elapsed_s, "share": stage.elapsed_s / longest}
-        for name, stage in stages
+        {"name": name, "status": status, "elapsed_s": elapsed, "share": elapsed / longest}
+        for name, status, elapsed in times
     ]

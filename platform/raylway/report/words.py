@@ -21,6 +21,11 @@ def figure(value: float | None) -> str:
     return f"{value:.4f}" if size < 10 else f"{value:.4g}"
 
 
+def bound(value: float) -> str:
+    """An end of a range: whole numbers as they are, others to four digits."""
+    return f"{value:,}" if isinstance(value, int) else figure(value)
+
+
 def number(value: float) -> str:
     """A count, with its thousands apart."""
     return f"{value:,.0f}"
