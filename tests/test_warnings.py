@@ -161,9 +161,22 @@ def test_train_and_test_that_differ_are_named() -> None:
     )
     sides = pa.array([TRAIN] * 500 + [TEST] * 200, pa.int8())
     columns = describe.describe(frame).columns
-    subject = Subject(columns, ["x", "steady"], ["place"], "y", "regression", {}, "time")
+    subject = Subject(columns, ["x", "steady"], ["place"], "y", "regression", {}, "time", [])
     (sentence,) = find(subject, frame.append_column(describe.SIDE, sides))
     assert sentence.startswith("train and test differ in place (PSI ")
     assert ", x (KS " in sentence and "steady" not in sentence and "under the split by time" in sentence
     mixed = pa.array(rng.permutation(sides.to_numpy()), pa.int8())
     assert find(subject, frame.append_column(describe.SIDE, mixed)) == []
+
+
+def test_rows_in_the_order_of_time_that_are_split_by_chance_are_named(tmp_path: Path) -> None:
+    frame = ordinary()
+    frame["day"] = pd.date_range("2020-01-01", periods=ROWS).strftime("%Y-%m-%d")
+    (sentence,) = warned(tmp_path, frame)
+    assert sentence.startswith("the rows stand in the order of the dates in 'day' and are split by chance")
+    assert "data.split: {by: time, column: day}" in sentence
+    reported = {column.name: column for column in sources.sample(load_job(tmp_path / "job.yaml")).columns}
+    assert reported["day"].role == "date"
+    assert warned(tmp_path, frame, {"features": {"drop": ["day"]}}) == []
+    frame["day"] = np.random.default_rng(0).permutation(frame.day)
+    assert warned(tmp_path, frame) == []

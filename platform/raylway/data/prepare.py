@@ -115,6 +115,7 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
         decided.task,
         dict(zip(decided.classes, decided.by_class["train"], strict=True)),
         ("class" if decided.classes else "chance") if split_by == "auto" else split_by,
+        names.drop,
     )
     manifest = Manifest(
         format=FORMAT,

@@ -99,6 +99,8 @@ def _role(name: str, column: Column, names: Names, roles: Roles, empty: list[str
         return "unused", f"the target {names.target!r} derives from {leaks[0]!r}"
     if name in empty:
         return "unused", "empty in every row"
+    if column.is_date:
+        return "date", "all its texts are dates" + (f"; {roles.unused[name][1]}" if name in roles.unused else "")
     if name in roles.unused:
         return roles.unused[name]
     return "unused", "only other columns derive from it"

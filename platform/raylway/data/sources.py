@@ -138,6 +138,7 @@ def _subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subje
         found.task,
         dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
         loaded.job.data.split.by,
+        names.drop,
     )
 
 

@@ -5,6 +5,7 @@ Each test is sharp enough to stay silent on ordinary data: a warning that is oft
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Subject:
         task: What the model does.
         classes: Training rows by class; empty for regression or where it is not known yet.
         split: How the rows were divided, in the words of the job file.
+        dropped: Columns that the job leaves out by name.
     """
 
     columns: dict[str, Column]
@@ -52,6 +54,7 @@ class Subject:
     task: Task
     classes: dict[str, int]
     split: str
+    dropped: list[str]
 
 
 def find(subject: Subject, sample: pa.Table | None) -> list[str]:
@@ -63,7 +66,7 @@ def find(subject: Subject, sample: pa.Table | None) -> list[str]:
     """
     found = [*_identifiers(subject), *_constant(subject), *_mostly_missing(subject), *_small_classes(subject)]
     if sample is not None and sample.num_rows:
-        found += [*_give_aways(subject, sample), *_different_sides(subject, sample)]
+        found += [*_give_aways(subject, sample), *_different_sides(subject, sample), *_time_order(subject, sample)]
     return found
 
 
@@ -219,6 +222,24 @@ def _binned(values: np.ndarray) -> np.ndarray:
         return np.zeros(len(values), np.int64)
     edges = np.unique(np.quantile(present, np.arange(1, 32) / 32, method="higher"))
     return np.where(np.isnan(values), 0, np.searchsorted(edges, values, side="right") + 1)
+
+
+def _time_order(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    """Rows that stand in the order of a column of dates, split by chance. Dates in one form compare as their texts."""
+    if subject.split in ("time", "group", "column", "files"):
+        return
+    for name, column in subject.columns.items():
+        if not column.is_date or name in subject.dropped or name == subject.target:
+            continue
+        dates = sample[name].drop_null().to_pylist()
+        rises = sum(first < second for first, second in itertools.pairwise(dates))
+        falls = sum(first > second for first, second in itertools.pairwise(dates))
+        if rises >= _LEAST_ROWS and falls <= rises / 100:
+            yield (
+                f"the rows stand in the order of the dates in {name!r} and are split by chance: test rows lie between "
+                f"training rows of the same days, which flatters a model that is to foresee. Write data.split: {{by: "
+                f"time, column: {name}}}, or list {name!r} under data.features.drop if time does not matter"
+            )
 
 
 def _different_sides(subject: Subject, sample: pa.Table) -> Iterator[str]:
