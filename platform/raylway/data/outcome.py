@@ -16,6 +16,7 @@ from raylway.data.decide import Places, Types, decide
 from raylway.data.describe import Described
 from raylway.data.opening import Source, no_rows
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
+from raylway.data.warnings import Subject
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS, Account, SplitName
 from raylway.features.schema import sorted_names
@@ -148,6 +149,21 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
     described = describe.merged(piece.described for piece in pieces)
     return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
+
+
+def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:
+    """What `warnings` looks at; of a part of the data the sides of the split are not known, so no class is counted."""
+    by = loaded.job.data.split.by
+    return Subject(
+        found.described.columns,
+        found.roles.numeric,
+        found.roles.categorical,
+        names.target,
+        found.task,
+        dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
+        ("class" if found.classes else "chance") if by == "auto" else by,
+        names.drop,
+    )
 
 
 def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:

@@ -32,7 +32,6 @@ from raylway.data.outcome import Outcome
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
-from raylway.data.warnings import Subject
 from raylway.features import transform as features_transform
 from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
 from raylway.features.profile import profile
@@ -106,17 +105,6 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
     transform, written, sample = _encode(pieces, decided, use, folder, stage)
     every = sorted((shard for part in written for shard in part.shards), key=_order)
     sample = features_transform.derived(sample, names.derive)
-    split_by = loaded.job.data.split.by
-    subject = Subject(
-        decided.described.columns,
-        decided.roles.numeric,
-        decided.roles.categorical,
-        names.target,
-        decided.task,
-        dict(zip(decided.classes, decided.by_class["train"], strict=True)),
-        ("class" if decided.classes else "chance") if split_by == "auto" else split_by,
-        names.drop,
-    )
     manifest = Manifest(
         format=FORMAT,
         fingerprint=mark,
@@ -127,7 +115,7 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
         files=source.files,
         shards=every,
         decisions=[*source.notes, *types.sentences, *decided.sentences],
-        warnings=warnings.find(subject, sample),
+        warnings=warnings.find(outcome.subject(loaded, names, decided), sample),
         profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
         leak_test=leaks.leak_test(folder, every, decided.account.kept, _contents(assessed, decided, written)),
     )

@@ -23,7 +23,6 @@ from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
-from raylway.data.warnings import Subject
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
 from raylway.features.signature import Input, Signature, Task
@@ -79,7 +78,6 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     if again := lost(seen, types.of):
         pieces, share = _heads(source, names.numeric, max_bytes, again)
     assessed = [clean.assess(piece, rules) for piece in pieces]
-    read = sum(piece.facts.read for piece in pieces)
     found: Outcome | Preview
     if share == 1:
         found = outcome.conclude(loaded, source, names, rules, seen, assessed)
@@ -94,7 +92,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     return Sample(
         exact=share == 1,
         files=len(source.files),
-        rows_read=read,
+        rows_read=sum(piece.facts.read for piece in pieces),
         rows=rows,
         train=train,
         validation=validation,
@@ -106,7 +104,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         numeric=found.roles.numeric,
         categorical=found.roles.categorical,
         decisions=[*source.notes, *types.sentences, *found.sentences],
-        warnings=warnings.find(_subject(loaded, names, found), rows_seen),
+        warnings=warnings.find(outcome.subject(loaded, names, found), rows_seen),
     )
 
 
@@ -126,20 +124,6 @@ def _heads(
         left -= int(share * part.size) + 1
     whole = covered >= source.size or not source.size
     return pieces, 1.0 if whole else max(covered, 1.0) / source.size
-
-
-def _subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:
-    """What `warnings` looks at; of a part of the data nothing is known about the sides of the split."""
-    return Subject(
-        found.described.columns,
-        found.roles.numeric,
-        found.roles.categorical,
-        names.target,
-        found.task,
-        dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
-        loaded.job.data.split.by,
-        names.drop,
-    )
 
 
 def _sampled(
