@@ -1,7 +1,7 @@
 """From a job's source to prepared data: read, decide, clean, split, fit, write.
 
-Four passes run in Ray Data (`engine`); between them the driver decides, from small facts, hashes and counts only:
-about 30 bytes for each row of the source.
+Three passes run over the pieces of the data (`passes`, `engine`): read and assess, fit, write. Between them the driver
+decides, from small facts, hashes and counts only: about 30 bytes for each row of the source.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import msgspec
 import xxhash
 
 from raylway import storage
-from raylway.data import clean, csv_read, engine, files, items, outcome, shards
+from raylway.data import csv_read, engine, files, items, outcome, passes, pieces, shards
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.csv_text import Scan
 from raylway.data.decide import Places, Types, lost, refuse_infinite
-from raylway.data.items import Part, Range, Reading, Stream
+from raylway.data.items import Facts, Part, Range, Reading, Stream
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome
+from raylway.data.passes import PieceTask, ReadItem
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
+from raylway.errors import UserError
 from raylway.features import transform as features_transform
 from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
 from raylway.features.transform import Transform
@@ -33,7 +35,10 @@ from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-VERSION = 2
+_EXPECT_BYTES = 1 << 20
+_FEW_RANGES = 1000
+"""Up to 16 GB are scanned for line ends here: a second a gigabyte, less than Ray needs to begin."""
+VERSION = 3
 """Raise it when preparation gives other bytes for the same source and job."""
 
 
@@ -75,26 +80,29 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
             prepared = Prepared(folder)
             stage.finish(f"{_account(prepared.manifest)}; prepared before: {folder}")
             return prepared
-        with storage.staged_folder(folder) as staged:
-            manifest = _prepare(loaded, mark, staged, reporter, stage)
+        with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
+            manifest, keys = _prepare(loaded, mark, staged, kept, reporter, stage)
+        pieces.sweep(folder.parent, spent=keys if len(manifest.files) == 1 else [])
         stage.finish(_account(manifest))
     return Prepared(folder)
 
 
-def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, stage: Stage) -> Manifest:
+def _prepare(
+    loaded: LoadedJob, mark: str, folder: Path, kept: Path, reporter: Reporter, stage: Stage
+) -> tuple[Manifest, list[str]]:
+    """The manifest, and the keys of the pieces behind it."""
     source = open_source(loaded)
     names = check_names(loaded, source.columns)
     if not source.parts:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-    engine.configure()
-    pieces, seen, types = _read(loaded, source, names, stage)
-    refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
-    rules = outcome.rules_of(loaded, names, types)
-    rows = sum(fact.rows for fact in pieces.facts)
-    assess = functools.partial(clean.assess, rules=rules)
-    assessed = pieces.map(assess, Assessed, _rows(stage, rows, "rows cleaned"))
+    read, rules, types, seen = _read(loaded, source, names, kept, stage)
+    assessed = [each for item in read for each in item.assessed]
     decided = outcome.conclude(loaded, source, names, rules, seen, assessed)
-    transform, written = _encode(pieces, decided, Use.of(rules, names, decided.roles), folder, stage)
+    tasks = [
+        PieceTask(item.key, facts, sides.tobytes())
+        for (item, facts), sides in zip(((item, facts) for item in read for facts in item.facts), decided.sides, strict=True)
+    ]
+    transform, written = _encode(tasks, decided, Use.of(rules, names, decided.roles), folder, kept, stage)
     manifest = Manifest(
         format=FORMAT,
         fingerprint=mark,
@@ -110,35 +118,69 @@ def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, sta
         reporter.note(f"  {sentence}")
     _write_quarantine(folder, decided.rejects, source.places)
     _write_profile(folder, decided, rules, seen)
+    keys = [item.key for item in read]
+    storage.write_record(folder / pieces.USED, keys if len(source.files) > 1 else [])
     storage.write_record(folder / MANIFEST, manifest)
-    return manifest
+    return manifest, keys
 
 
 def _read(
-    loaded: LoadedJob, source: Source, names: Names, stage: Stage
-) -> tuple[engine.Pieces, dict[str, Seen], Types]:
-    """The pieces, what was seen in them, and the types of the columns."""
-    total = source.size / 1e6
+    loaded: LoadedJob, source: Source, names: Names, kept: Path, stage: Stage
+) -> tuple[list[ReadItem], Rules, Types, dict[str, Seen]]:
+    """Read and assess the source: the items, the rules that their rows were held to, the types, and what was seen.
+
+    Rows are assessed as they are read, under the types that the source's first bytes suggest; where the whole data
+    decides otherwise, they are assessed again from the pieces.
+    """
     todo = items.grouped(_cut(source), csv_read.RANGE_BYTES)
     reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
+    rules = _expected_rules(loaded, source, names)
     while True:
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            stage.update(min(done * csv_read.RANGE_BYTES / 1e6, total), total, "MB read")
-
-        pieces = engine.Pieces(todo, reading, progress)
-        if not sum(fact.read for fact in pieces.facts):
+        read = _pass(todo, reading, rules, source, kept, stage)
+        if not sum(facts.read for item in read for facts in item.facts):
             raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-        seen = outcome.merged([fact.seen for fact in pieces.facts])
+        seen = outcome.merged([facts.seen for item in read for facts in item.facts])
         types = outcome.types_of(loaded, names, seen, source.places)
-        again = lost(seen, types.of)
-        if not again:
-            return pieces, seen, types
-        # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
-        reading = msgspec.structs.replace(reading, as_text=again)
+        if again := lost(seen, types.of):
+            # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
+            reading = msgspec.structs.replace(reading, as_text=again)
+            rules = outcome.rules_of(loaded, names, types)
+            continue
+        refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
+        decided = outcome.rules_of(loaded, names, types)
+        if decided == rules and all(item.is_assessed for item in read):
+            return read, decided, types, seen
+        read = _pass(todo, reading, decided, source, kept, stage, must_fit=True)
+        return read, decided, types, seen
+
+
+def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
+    """The rules under the types that the source's first bytes suggest; None where they suggest none."""
+    piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
+    try:
+        return outcome.rules_of(loaded, names, outcome.types_of(loaded, names, piece.facts.seen, source.places))
+    except UserError:  # the whole data may be right where its beginning is not
+        return None
+
+
+def _pass(
+    todo: list[items.Item],
+    reading: Reading,
+    rules: Rules | None,
+    source: Source,
+    kept: Path,
+    stage: Stage,
+    must_fit: bool = False,
+) -> list[ReadItem]:
+    total, done = source.size / 1e6, 0.0
+
+    def progress(item: ReadItem) -> None:
+        nonlocal done
+        done += item.size / 1e6
+        stage.update(min(done, total), total, "MB read")
+
+    read = functools.partial(passes.read, reading=reading, rules=rules, folder=str(kept), must_fit=must_fit)
+    return engine.run(read, [pieces.keyed(item, reading) for item in todo], ReadItem, progress)
 
 
 def _cut(source: Source) -> list[Part]:
@@ -154,7 +196,8 @@ def _cut(source: Source) -> list[Part]:
     }
     if not uncut:
         return source.parts
-    scans = iter(engine.spread(items.scan, [part for parts in uncut.values() for part in parts], Scan))
+    every = [part for parts in uncut.values() for part in parts]
+    scans = iter(engine.run(items.scan, every, Scan, few=_FEW_RANGES))
     cut: list[Part] = []
     for index, part in enumerate(source.parts):
         pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]
@@ -163,28 +206,30 @@ def _cut(source: Source) -> list[Part]:
 
 
 def _encode(
-    pieces: engine.Pieces, decided: Outcome, use: Use, folder: Path, stage: Stage
+    tasks: list[PieceTask], decided: Outcome, use: Use, folder: Path, kept: Path, stage: Stage
 ) -> tuple[Transform, list[Shard]]:
     """Fit the transform on the training rows, then write the shards."""
     rows = sum(len(sides) for sides in decided.sides)
-    measure = functools.partial(shards.measure, use=use, target_is_number=decided.task == "regression")
-    measured = pieces.map(measure, Measured, _rows(stage, rows, "rows measured"), decided.sides)
+    measure = functools.partial(
+        passes.measure, folder=str(kept), use=use, target_is_number=decided.task == "regression"
+    )
+    measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
     transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
     each = shards.rows_per_shard(use)
-    keys = [(fact.item, fact.number) for fact in pieces.facts]
+    keys = [(task.facts.item, task.facts.number) for task in tasks]
     to = To(str(folder), dict(zip(keys, shards.numbering(decided.sides, each), strict=True)), each)
-    write = functools.partial(shards.write, use=use, transform=transform, to=to)
-    written = pieces.map(write, Written, _rows(stage, rows, "rows written"), decided.sides)
+    write = functools.partial(passes.write, folder=str(kept), use=use, transform=transform, to=to)
+    written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
     return transform, sorted(every, key=lambda shard: (SPLITS.index(shard.split), shard.file))
 
 
-def _rows(stage: Stage, total: int, unit: str) -> Callable[[int], None]:
+def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
     done = 0
 
-    def progress(rows: int) -> None:
+    def progress(result: Measured | Written) -> None:
         nonlocal done
-        done += rows
+        done += result.rows
         stage.update(done, total, unit)
 
     return progress

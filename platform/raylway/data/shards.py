@@ -56,6 +56,8 @@ class Use(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True):
     """`features.transform.Statistics` of the training rows of one piece, the target among the numbers if it is one."""
 
+    rows: int
+    """Of the piece."""
     numeric: dict[str, Moments]
     categorical: dict[str, dict[str, int]]
 
@@ -63,6 +65,8 @@ class Measured(msgspec.Struct, frozen=True):
 class Written(msgspec.Struct, frozen=True):
     """The shards of one piece."""
 
+    rows: int
+    """Of the piece."""
     shards: list[Shard]
 
 
@@ -70,7 +74,7 @@ def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool) -
     """Measure the training rows of a piece; `sides` is int8 [rows] (`split`)."""
     table = _rows(piece, np.flatnonzero(sides == TRAIN), use)
     statistics = Statistics.of(table, [*use.numeric, *[use.target] * target_is_number], use.categorical)
-    return Measured(statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()})
+    return Measured(len(sides), statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()})
 
 
 def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:
@@ -134,7 +138,7 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             file = f"{name}-{number + start // to.rows:05d}.arrow"
             storage.write_bytes(Path(to.folder) / file, content)
             shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
-    return Written(shards)
+    return Written(len(sides), shards)
 
 
 @dataclass(frozen=True)
