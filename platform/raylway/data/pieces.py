@@ -2,7 +2,9 @@
 
     <number>.arrow              the columns of one piece (`items`), memory-mapped by whoever needs them
     facts                       written last: only then is the item whole
-    <rules>                     what became of the item's rows under these rules (`clean.Assessed`)
+    <rules>-<number>.arrow      the usable rows of the piece in the order of the split (`ordering`)
+    <rules>-<number>.rejects    its invalid rows
+    <rules>                     what became of the item's rows under these rules; written last
 
 The key is a hash of what the item holds (checksum of each file, which part of it), how it is read and our code's
 version; `<rules>` of what rows are held to. So a killed preparation goes on with the items that are whole, and other
@@ -76,6 +78,14 @@ def write_table(folder: Path, name: str, table: pa.Table) -> str:
         digest = xxhash.xxh3_128_hexdigest(mapped.read_buffer())
     staged.replace(folder / name)
     return digest
+
+
+def write_bytes(folder: Path, name: str, content: bytes) -> str:
+    """Write a file under its name at once; returns its checksum."""
+    staged = folder / f".{secrets.token_hex(6)}"
+    staged.write_bytes(content)
+    staged.replace(folder / name)
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def read_table(folder: Path, name: str) -> pa.Table:

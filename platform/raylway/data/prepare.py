@@ -12,54 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
+import pyarrow as pa
 
 from raylway import storage
-from raylway.data import csv_read, engine, files, items, outcome, passes, pieces, shards
-from raylway.data.clean import Assessed, Rules
+from raylway.data import engine, generations, outcome, passes, pieces, reading, shards
+from raylway.data.clean import Rules
 from raylway.data.columns import Seen
-from raylway.data.csv_read import Reject
-from raylway.data.csv_text import Scan
-from raylway.data.decide import Places, Types, lost, refuse_infinite
-from raylway.data.items import Facts, Part, Range, Reading, Stream
+from raylway.data.decide import Places
+from raylway.data.division import Division, Exceptions
+from raylway.data.generations import Start
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Outcome
-from raylway.data.passes import PieceTask, ReadItem
+from raylway.data.outcome import Counted, Outcome
+from raylway.data.passes import PieceTask
+from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
-from raylway.errors import UserError
-from raylway.features import transform as features_transform
-from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
+from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-_EXPECT_BYTES = 1 << 20
-_FEW_RANGES = 1000
-"""Up to 16 GB are scanned for line ends here: a second a gigabyte, less than Ray needs to begin."""
-VERSION = 3
-"""Raise it when preparation gives other bytes for the same source and job."""
 
-
-def fingerprint(loaded: LoadedJob) -> str:
-    """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code.
-
-    Of a `python://` source it knows the module's file and the function's name.
-    """
-    job = loaded.job
-    digest = xxhash.xxh3_128()
-    facts: list[Any] = [
-        VERSION,
-        features_transform.VERSION,
-        FORMAT,
-        job.seed,
-        job.task,
-        job.data.model_dump(mode="json"),
-    ]
-    facts += [(location.name, location.function, files.checksum(location)) for location in files.locate(loaded)]
-    digest.update(msgspec.json.encode(facts))
-    return digest.hexdigest()[:16]
+def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
+    """The name of a job's prepared data (`generations`), in the storage folder `root` if it is given."""
+    return generations.find(loaded, root / PREPARED if root else None).fingerprint
 
 
 def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
@@ -73,152 +50,104 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
     Raises:
         UserError: The data or what the job says of it can't be used.
     """
-    mark = fingerprint(loaded)
-    folder = root / PREPARED / mark
+    start = generations.find(loaded, root / PREPARED)
+    folder = root / PREPARED / start.fingerprint
     with reporter.stage("prepare") as stage:
         if (folder / MANIFEST).exists():
             prepared = Prepared(folder)
             stage.finish(f"{_account(prepared.manifest)}; prepared before: {folder}")
             return prepared
         with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
-            manifest, keys = _prepare(loaded, mark, staged, kept, reporter, stage)
+            manifest, keys = _prepare(loaded, start, staged, kept, reporter, stage)
         pieces.sweep(folder.parent, spent=keys if len(manifest.files) == 1 else [])
         stage.finish(_account(manifest))
     return Prepared(folder)
 
 
 def _prepare(
-    loaded: LoadedJob, mark: str, folder: Path, kept: Path, reporter: Reporter, stage: Stage
+    loaded: LoadedJob, start: Start, folder: Path, kept: Path, reporter: Reporter, stage: Stage
 ) -> tuple[Manifest, list[str]]:
     """The manifest, and the keys of the pieces behind it."""
-    source = open_source(loaded)
+    source = open_source(loaded, start.locations)
     names = check_names(loaded, source.columns)
     if not source.parts:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-    read, rules, types, seen = _read(loaded, source, names, kept, stage)
-    assessed = [each for item in read for each in item.assessed]
-    decided = outcome.conclude(loaded, source, names, rules, seen, assessed)
-    tasks = [
-        PieceTask(item.key, facts, sides.tobytes())
-        for (item, facts), sides in zip(((item, facts) for item in read for facts in item.facts), decided.sides, strict=True)
-    ]
-    transform, written = _encode(tasks, decided, Use.of(rules, names, decided.roles), folder, kept, stage)
+    found = reading.read(loaded, source, names, start.past.generations, kept, stage)
+    decided, tasks = _decide(loaded, source, names, found, start, kept)
+    use = Use.of(found.rules, names, decided.roles)
+    transform, written = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
+    continues = bool(decided.division.generations[1:])
     manifest = Manifest(
         format=FORMAT,
-        fingerprint=mark,
+        fingerprint=start.fingerprint,
         account=decided.account,
         classes=decided.by_class,
         signature=decided.signature,
         transform=transform,
         files=source.files,
         shards=written,
-        decisions=[*source.notes, *types.sentences, *decided.sentences],
+        decisions=[*source.notes, *found.types.sentences, *decided.sentences],
+        lineage=Lineage(
+            start.section,
+            start.sources,
+            start.base if continues else "",
+            decided.types,
+            decided.task,
+            decided.division.generations,
+        ),
     )
     for sentence in manifest.decisions:
         reporter.note(f"  {sentence}")
-    _write_quarantine(folder, decided.rejects, source.places)
-    _write_profile(folder, decided, rules, seen)
-    keys = [item.key for item in read]
+    _write_quarantine(folder, kept, tasks, found.assessment, source.places)
+    _write_duplicates(folder, decided.division.exceptions)
+    _write_profile(folder, decided, found.rules, found.seen)
+    keys = [item.key for item in found.items]
     storage.write_record(folder / pieces.USED, keys if len(source.files) > 1 else [])
     storage.write_record(folder / MANIFEST, manifest)
     return manifest, keys
 
 
-def _read(
-    loaded: LoadedJob, source: Source, names: Names, kept: Path, stage: Stage
-) -> tuple[list[ReadItem], Rules, Types, dict[str, Seen]]:
-    """Read and assess the source: the items, the rules that their rows were held to, the types, and what was seen.
+def _decide(
+    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Path
+) -> tuple[Outcome, list[PieceTask]]:
+    """The outcome over all pieces, and what the later passes need to know of each piece."""
+    each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
+    tables = [passes.rows(kept, key, facts.number, found.assessment) for key, facts, _ in each]
+    tasks: list[PieceTask] = []
 
-    Rows are assessed as they are read, under the types that the source's first bytes suggest; where the whole data
-    decides otherwise, they are assessed again from the pieces.
-    """
-    todo = items.grouped(_cut(source), csv_read.RANGE_BYTES)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
-    rules = _expected_rules(loaded, source, names)
-    while True:
-        read = _pass(todo, reading, rules, source, kept, stage)
-        if not sum(facts.read for item in read for facts in item.facts):
-            raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-        seen = outcome.merged([facts.seen for item in read for facts in item.facts])
-        types = outcome.types_of(loaded, names, seen, source.places)
-        if again := lost(seen, types.of):
-            # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
-            reading = msgspec.structs.replace(reading, as_text=again)
-            rules = outcome.rules_of(loaded, names, types)
-            continue
-        refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
-        decided = outcome.rules_of(loaded, names, types)
-        if decided == rules and all(item.is_assessed for item in read):
-            return read, decided, types, seen
-        read = _pass(todo, reading, decided, source, kept, stage, must_fit=True)
-        return read, decided, types, seen
-
-
-def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
-    """The rules under the types that the source's first bytes suggest; None where they suggest none."""
-    piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
-    try:
-        return outcome.rules_of(loaded, names, outcome.types_of(loaded, names, piece.facts.seen, source.places))
-    except UserError:  # the whole data may be right where its beginning is not
-        return None
-
-
-def _pass(
-    todo: list[items.Item],
-    reading: Reading,
-    rules: Rules | None,
-    source: Source,
-    kept: Path,
-    stage: Stage,
-    must_fit: bool = False,
-) -> list[ReadItem]:
-    total, done = source.size / 1e6, 0.0
-
-    def progress(item: ReadItem) -> None:
-        nonlocal done
-        done += item.size / 1e6
-        stage.update(min(done, total), total, "MB read")
-
-    read = functools.partial(passes.read, reading=reading, rules=rules, folder=str(kept), must_fit=must_fit)
-    return engine.run(read, [pieces.keyed(item, reading) for item in todo], ReadItem, progress)
-
-
-def _cut(source: Source) -> list[Part]:
-    """The source's parts, large plain CSV files cut into ranges if their quotes are regular."""
-    step = csv_read.RANGE_BYTES
-    uncut = {
-        index: [
-            Range(part.file, part.location, part.heading, start, end, False, 0)
-            for start, end in items.ranges(part, step)
+    def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
+        tasks[:] = [
+            PieceTask(key, facts, one, own, divided.exceptions.between(one.first, one.last))
+            for (key, facts, one), own in zip(each, codes, strict=True)
         ]
-        for index, part in enumerate(source.parts)
-        if isinstance(part, Stream) and not part.location.compression and part.size - part.heading.offset > step
-    }
-    if not uncut:
-        return source.parts
-    every = [part for parts in uncut.values() for part in parts]
-    scans = iter(engine.run(items.scan, every, Scan, few=_FEW_RANGES))
-    cut: list[Part] = []
-    for index, part in enumerate(source.parts):
-        pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]
-        cut += items.placed(pieces) or [part]
-    return cut
+        slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
+        bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
+        return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
+
+    ones = [one for _, _, one in each]
+    past = start.past.generations
+    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count, past)
+    if past and (decided.types, decided.task) != (start.past.types, start.past.task):
+        # the same rows have other hashes under other types: their sides can't be told any more
+        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count)
+        decided.sentences.append("the new files change the columns' types: all rows are divided anew")
+    return decided, tasks
 
 
 def _encode(
-    tasks: list[PieceTask], decided: Outcome, use: Use, folder: Path, kept: Path, stage: Stage
+    tasks: list[PieceTask], decided: Outcome, use: Use, assessment: str, folder: Path, kept: Path, stage: Stage
 ) -> tuple[Transform, list[Shard]]:
     """Fit the transform on the training rows, then write the shards."""
-    rows = sum(len(sides) for sides in decided.sides)
-    measure = functools.partial(
-        passes.measure, folder=str(kept), use=use, target_is_number=decided.task == "regression"
-    )
+    rows = sum(task.facts.rows for task in tasks)
+    divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
+    bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
+    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression")
     measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
     transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
     each = shards.rows_per_shard(use)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
-    to = To(str(folder), dict(zip(keys, shards.numbering(decided.sides, each), strict=True)), each)
-    write = functools.partial(passes.write, folder=str(kept), use=use, transform=transform, to=to)
+    to = To(str(folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
+    write = functools.partial(passes.write, **bound, transform=transform, to=to)
     written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
     return transform, sorted(every, key=lambda shard: (SPLITS.index(shard.split), shard.file))
@@ -244,14 +173,22 @@ def _account(manifest: Manifest) -> str:
     )
 
 
-def _write_quarantine(folder: Path, rejects: list[Reject], places: Places) -> None:
-    lines = []
-    for reject in rejects:
-        name, number = places.split(reject.row_id)
-        record = {"file": name, "line": number, "column": reject.column, "reason": reject.reason, "cell": reject.cell}
-        lines.append(msgspec.json.encode(record) + b"\n")
+def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, places: Places) -> None:
     (folder / "quarantine").mkdir()
-    storage.write_bytes(folder / "quarantine" / "rows.jsonl", b"".join(lines))
+    with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
+        for task in tasks:
+            for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
+                name, line = places.split(reject.row_id)
+                record = {"file": name, "line": line, "column": reject.column, "reason": reject.reason}
+                file.write(msgspec.json.encode(record | {"cell": reject.cell}) + b"\n")
+
+
+def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:
+    rows, firsts, where = exceptions.arrays()
+    left_out = where < 0
+    table = pa.table({"row_id": pa.array(rows[left_out]), "first_row_id": pa.array(firsts[left_out])})
+    with pa.OSFile(str(folder / DUPLICATES), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str, Seen]) -> None:

@@ -74,7 +74,9 @@ def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool) -
     """Measure the training rows of a piece; `sides` is int8 [rows] (`split`)."""
     table = _rows(piece, np.flatnonzero(sides == TRAIN), use)
     statistics = Statistics.of(table, [*use.numeric, *[use.target] * target_is_number], use.categorical)
-    return Measured(len(sides), statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()})
+    return Measured(
+        len(sides), statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()}
+    )
 
 
 def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:
@@ -107,14 +109,14 @@ def rows_per_shard(use: Use) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
-def numbering(sides: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
-    """The number of each piece's first shard, by side."""
+def numbering(per_piece: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
+    """The number of each piece's first shard, by side; from the rows of each piece by side (and class)."""
     at: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     first = []
-    for piece in sides:
+    for piece in per_piece:
         first.append(dict(at))
         for side, name in enumerate(SPLITS, 1):
-            at[name] += -(-int(np.count_nonzero(piece == side)) // each)
+            at[name] += -(-int(piece[side].sum()) // each)
     return first
 
 

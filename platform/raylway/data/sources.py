@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylway.data import arrow_read, clean, columns, csv_read, items, outcome
+from raylway.data import arrow_read, columns, csv_read, items, outcome
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import MISSING_WORDS, Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import lost, refuse_infinite
+from raylway.data.division import Division
 from raylway.data.files import Location, file_at, zip_members
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Outcome, Preview
+from raylway.data.outcome import Found, Outcome, Preview
 from raylway.data.roles import check_names
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
@@ -88,11 +90,15 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     rules = outcome.rules_of(loaded, names, types)
     if again := lost(seen, types.of):
         pieces, share = _heads(source, names.numeric, max_bytes, again)
-    assessed = [clean.assess(piece, rules) for piece in pieces]
+    order = outcome.ordering_of(loaded, source)
+    both = [outcome.found_of(piece, rules, order) for piece in pieces]
+    assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     read = sum(piece.facts.read for piece in pieces)
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(loaded, source, names, rules, seen, assessed)
+        found = outcome.conclude(
+            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
+        )
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
@@ -108,7 +114,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         train=train,
         validation=validation,
         test=rows - train - validation,
-        columns=_columns(pieces, rules, seen, assessed[0], found),
+        columns=_columns(pieces, rules, seen, assessed[0].assessed, found),
         task=found.task,
         target=names.target,
         classes=found.classes,
@@ -116,6 +122,15 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         categorical=found.roles.categorical,
         decisions=[*source.notes, *types.sentences, *found.sentences],
     )
+
+
+def _count(
+    found: list[Found], tables: list[pa.Table], divided: Division, codes: list[list[int]]
+) -> list[outcome.Counted]:
+    return [
+        outcome.counted(table, each, own, divided, divided.exceptions)
+        for table, each, own in zip(tables, found, codes, strict=True)
+    ]
 
 
 def _heads(
