@@ -15,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from raylway.data import clean as clean_rows
 from raylway.data import csv_read, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
 from raylway.features.signature import Input, Signature
@@ -205,8 +204,12 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         piece, _ = items.read_head(source.parts[0], reading)
         types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
         rules = outcome.rules_of(loaded, names, types)
-        assessed = [clean_rows.assess(piece, rules)]
-        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, assessed)
+        one, rows, _ = outcome.found_of(piece, rules, outcome.ordering_of(loaded, source))
+
+        def count(divided, codes):
+            return [outcome.counted(rows, one, codes[0], divided, divided.exceptions)]
+
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, [one], [rows], count)
         return [each.name for each in found.signature.inputs if not each.required]
 
     assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]

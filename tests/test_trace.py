@@ -18,7 +18,7 @@ from raylway import cli
 from raylway.data import prepare, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
-from raylway.features.prepared import LINE_BITS, SPLITS, LeakTest, Prepared
+from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
 
@@ -118,12 +118,14 @@ def test_the_quarantine_is_counted_and_listed(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "1 rows in quarantine; " in shown.output and "1 rows left out for a missing cell" in shown.output
     assert "rows.csv:4, column 'size': no number: 'x'" in shown.output
-    lines = [{"file": "rows.csv", "line": 9, "first_file": "rows.csv", "first_line": at} for at in range(3)]
-    (prepared.folder / "duplicates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    copies = pa.table({"row_id": pa.array([9, 10, 11], pa.uint64()), "first_row_id": pa.array([2, 2, 3], pa.uint64())})
+    with pa.ipc.new_file(str(prepared.folder / DUPLICATES), copies.schema) as writer:
+        writer.write_table(copies)
     found = json.loads(
         CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--json", "--limit", "2"]).output
     )
     assert (found["quarantined"], found["duplicates"], len(found["duplicate_rows"])) == (1, 3, 2)
+    assert found["duplicate_rows"][0] == {"file": "rows.csv", "line": 9, "first_file": "rows.csv", "first_line": 2}
     assert found["by_reason"] == {"no number": 1} and found["by_column"] == {"size": 1}
     shown = CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--limit", "0"])
     assert "... and 1 more (--limit)" in shown.output and "... and 3 more duplicates (--limit)" in shown.output

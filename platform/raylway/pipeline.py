@@ -46,7 +46,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     """
     root = storage.prepare_root(loaded.job.storage)
     wanted = STAGES[: STAGES.index(last) + 1]
-    fingerprint = data_prepare.fingerprint(loaded)
+    fingerprint = data_prepare.fingerprint(loaded, root)
     found = Run(root / loaded.job.name / _id(loaded, fingerprint))
     if _is_finished(found, wanted, root / PREPARED / fingerprint):
         reporter.note(f"{loaded.job.name}: run {found.folder.name} is finished; nothing to do. Results: {found.folder}")

@@ -34,6 +34,10 @@ class Rules(msgspec.Struct, frozen=True):
     target: str
     target_sources: list[str]
     """Source columns that the target is or derives from."""
+    needed: list[str]
+    """Columns that every row needs although it may miss others: the split's."""
+    unhashed: list[str]
+    """Source columns in which equal rows may differ: the one that says the side."""
     unused: list[str]
     """Derived columns whose missing values do not matter."""
     drop_missing: bool
@@ -88,11 +92,11 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     counts = {name: int(mask.sum()) for name, mask in empty.items()}
     missing = np.zeros(table.num_rows, bool)
     for name, mask in empty.items():
-        matters = name == rules.target or name in rules.target_sources
+        matters = name == rules.target or name in rules.target_sources or name in rules.needed
         if matters or (rules.drop_missing and name not in rules.unused):
             missing |= mask
     usable = valid & ~missing
-    hashes, texts = hash_rows(table.filter(pa.array(usable)))
+    hashes, texts = hash_rows(table.drop_columns(rules.unhashed).filter(pa.array(usable)))
     values, codes, whole = _values(full[rules.target].filter(pa.array(usable)), rules)
     return Assessed(
         item=piece.facts.item,

@@ -33,6 +33,8 @@ class Names:
     numeric: list[str]
     categorical: list[str]
     drop: list[str]
+    split: str
+    """The column that says the side or the group of a row; empty if there is none."""
 
     def reads(self, name: str) -> frozenset[str]:
         """The source columns behind a column: itself, if it is one."""
@@ -80,7 +82,11 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
                     where=loaded.location(f"data.features.{key}"),
                     fix=f"take it out of features.{key}",
                 )
-    return Names(columns, derive, data.target, frozenset(hidden), **lists)
+    column = data.split.column
+    if column:
+        _check_known([column], known, loaded.location("data.split.column"), "a column of the split")
+    says_side = data.split.by in ("group", "column") and column not in (*lists["numeric"], *lists["categorical"])
+    return Names(columns, derive, data.target, frozenset(hidden), **lists, split=column if column and says_side else "")
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ def choose_features(
             continue
         if leaks:
             sentences.append(f"column {name!r} is no feature: the target {names.target!r} derives from {leaks[0]!r}")
+        elif name == names.split:
+            sentences.append(f"column {name!r} is no feature: the rows are split by it")
         elif name in empty:
             sentences.append(f"column {name!r} is no feature: it is empty in every row")
         elif name in names.numeric or (name not in names.categorical and types[name] in ("int64", "float64")):

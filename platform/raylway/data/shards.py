@@ -57,6 +57,8 @@ class Use(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True):
     """`features.transform.Statistics` of the training rows of one piece, the target among the numbers if it is one."""
 
+    rows: int
+    """Of the piece."""
     numeric: dict[str, Moments]
     categorical: dict[str, dict[str, int]]
     sample: bytes
@@ -66,9 +68,9 @@ class Measured(msgspec.Struct, frozen=True):
 class Written(msgspec.Struct, frozen=True):
     """The shards of one piece."""
 
+    rows: int
+    """Of the piece."""
     shards: list[Shard]
-    row_ids: bytes
-    """uint64: of the kept rows of the piece."""
 
 
 def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool, rate: float) -> Measured:
@@ -78,7 +80,7 @@ def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool, r
     counts = {name: dict(each) for name, each in statistics.categorical.items()}
     some = chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
     rows = clean.typed_rows(piece, some, list(use.rules.types), use.rules)
-    return Measured(statistics.numeric, counts, sample(rows, sides[some], 1.0))
+    return Measured(len(sides), statistics.numeric, counts, sample(rows, sides[some], 1.0))
 
 
 def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:
@@ -111,14 +113,14 @@ def rows_per_shard(use: Use) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
-def numbering(sides: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
-    """The number of each piece's first shard, by side."""
+def numbering(per_piece: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
+    """The number of each piece's first shard, by side; from the rows of each piece by side (and class)."""
     at: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     first = []
-    for piece in sides:
+    for piece in per_piece:
         first.append(dict(at))
         for side, name in enumerate(SPLITS, 1):
-            at[name] += -(-int(np.count_nonzero(piece == side)) // each)
+            at[name] += -(-int(piece[side].sum()) // each)
     return first
 
 
@@ -142,8 +144,7 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             file = f"{name}-{number + start // to.rows:05d}.arrow"
             storage.write_bytes(Path(to.folder) / file, content)
             shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
-    kept = piece.table[ROW_ID].combine_chunks().to_numpy()[sides > 0]
-    return Written(shards, kept.tobytes())
+    return Written(len(sides), shards)
 
 
 @dataclass(frozen=True)

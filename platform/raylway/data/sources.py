@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylway.data import arrow_read, clean, columns, csv_read, describe, items, outcome, report, warnings
-from raylway.data.clean import Assessed, Rules
+from raylway.data import arrow_read, clean, columns, csv_read, describe, division, items, outcome, report, warnings
+from raylway.data.clean import Rules
 from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.decide import lost, refuse_infinite
+from raylway.data.division import Division
 from raylway.data.files import Location, file_at, zip_members
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Outcome, Preview
+from raylway.data.outcome import Found, Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
 from raylway.errors import UserError
@@ -77,10 +79,14 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     rules = outcome.rules_of(loaded, names, types)
     if again := lost(seen, types.of):
         pieces, share = _heads(source, names.numeric, max_bytes, again)
-    assessed = [clean.assess(piece, rules) for piece in pieces]
+    order = outcome.ordering_of(loaded, source)
+    both = [outcome.found_of(piece, rules, order) for piece in pieces]
+    assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(loaded, source, names, rules, seen, assessed)
+        found = outcome.conclude(
+            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
+        )
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
@@ -88,7 +94,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         asked = loaded.job.data.split
         validation = round(rows * asked.validation)
         train = rows - validation - round(rows * asked.test)
-    rows_seen = _sampled(pieces, assessed, found, names, rules)
+    rows_seen = _sampled(pieces, assessed, tables, found, names, rules)
     return Sample(
         exact=share == 1,
         files=len(source.files),
@@ -106,6 +112,15 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         decisions=[*source.notes, *types.sentences, *found.sentences],
         warnings=warnings.find(outcome.subject(loaded, names, found), rows_seen),
     )
+
+
+def _count(
+    found: list[Found], tables: list[pa.Table], divided: Division, codes: list[list[int]]
+) -> list[outcome.Counted]:
+    return [
+        outcome.counted(table, each, own, divided, divided.exceptions)
+        for table, each, own in zip(tables, found, codes, strict=True)
+    ]
 
 
 def _heads(
@@ -127,11 +142,24 @@ def _heads(
 
 
 def _sampled(
-    pieces: list[Piece], assessed: list[Assessed], found: Outcome | Preview, names: Names, rules: Rules
+    pieces: list[Piece],
+    assessed: list[Found],
+    tables: list[pa.Table],
+    found: Outcome | Preview,
+    names: Names,
+    rules: Rules,
 ) -> pa.Table:
     """Some usable rows with derived columns; of the whole data their sides, else all count as training rows."""
-    usable = [np.frombuffer(piece.usable, bool) for piece in assessed]
-    sides = found.sides if isinstance(found, Outcome) else [mask.astype(np.int8) for mask in usable]
+    position = {name: index for index, name in enumerate(found.classes)}
+    sides = []
+    for piece, each, table in zip(pieces, assessed, tables, strict=True):
+        side = np.zeros(piece.facts.rows, np.int8)
+        own = np.ones(table.num_rows, np.int8)
+        if isinstance(found, Outcome):
+            codes = np.array([position[value] for value in each.assessed.values] if position else [], np.int32)
+            own = division.sides(table, codes, found.division, found.division.exceptions)
+        side[table["position"].to_numpy()] = own
+        sides.append(side)
     rate = describe.rate(sum(int((side > 0).sum()) for side in sides))
     parts = []
     for piece, side in zip(pieces, sides, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raylway import storage
 from raylway.data import arrow_read, csv_read
 from raylway.data import prepare as data_prepare
 from raylway.data.files import Location, call, locate, zip_members
 from raylway.errors import UserError
-from raylway.features.prepared import LINE_BITS, SPLITS, Prepared
+from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
 from raylway.job.load import LoadedJob
 
 QUARANTINE = Path("quarantine") / "rows.jsonl"
-DUPLICATES = Path("duplicates.jsonl")
 
 
 @dataclass
@@ -121,7 +120,8 @@ def quarantined(folder: Path, limit: int) -> Set:
     """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted."""
     counts: tuple[Counter[str], Counter[str], Counter[str]] = Counter(), Counter(), Counter()
     rows: list[dict[str, Any]] = []
-    total = duplicates = 0
+    listed: list[dict[str, Any]] = []
+    total = 0
     for record in _lines(folder / QUARANTINE):
         total += 1
         for count, key in zip(
@@ -130,9 +130,12 @@ def quarantined(folder: Path, limit: int) -> Set:
             count[key] += 1
         if len(rows) < limit:
             rows.append(record)
-    copies = _lines(folder / DUPLICATES)
-    listed = list(islice(copies, limit))
-    duplicates = len(listed) + sum(1 for _ in copies)
+    copies = _duplicates(folder)
+    duplicates = copies.num_rows
+    files_by_index = storage.read_record(folder / MANIFEST, Manifest).files
+    for own, first in zip(*(copies[name][:limit].to_pylist() for name in copies.column_names), strict=True):
+        (file, line), (first_file, first_line) = _place(files_by_index, own), _place(files_by_index, first)
+        listed.append({"file": file, "line": line, "first_file": first_file, "first_line": first_line})
     reasons, columns, files = (dict(count.most_common()) for count in counts)
     return Set(total, duplicates, reasons, columns, files, rows, listed)
 
@@ -252,10 +255,13 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
             column = f"column {record['column']!r}: " if record["column"] else ""
             found.fate, found.raw = f"quarantined: {column}{record['reason']}", record["cell"] or ""
             return
-    for record in _lines(prepared.folder / DUPLICATES):
-        if (record["file"], record["line"]) == (found.file, found.line):
-            found.fate = f"left out: a duplicate of {record['first_file']}:{record['first_line']}"
-            return
+    copies = _duplicates(prepared.folder)
+    ids = copies["row_id"].to_numpy()
+    at = int(np.searchsorted(ids, np.uint64(found.row_id)))
+    if at < len(ids) and int(ids[at]) == found.row_id:
+        file, line = _place(prepared.manifest.files, copies["first_row_id"][at].as_py())
+        found.fate = f"left out: a duplicate of {file}:{line}"
+        return
     if not found.record:
         raise UserError(
             "no record begins there", where=f"{found.file}:{found.line}", fix="name a line where one begins"
@@ -265,3 +271,12 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
         found.fate = f"left out: a cell is missing ({', '.join(empty)})"
     else:
         found.fate = "left out: a duplicate of an earlier row, or a cell that counts as missing"
+
+
+def _duplicates(folder: Path) -> pa.Table:
+    """`row_id` and `first_row_id` (uint64) of rows that repeat another, in the order of the ids; memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(folder / DUPLICATES))).read_all()
+
+
+def _place(files: list[str], row_id: int) -> tuple[str, int]:
+    return files[row_id >> LINE_BITS], row_id & ((1 << LINE_BITS) - 1)
