@@ -101,7 +101,10 @@ def test_any_ranges_give_what_one_sort_gives(case):
         found = sides(tables, ids, plan(files, strata=strata, keep=keep))
     finally:
         division.BUCKET_ROWS, division._EVERY = held, every
-    assert found.tolist() == reference(values, codes if len(strata) > 1 else [0] * len(values), keep, Shares(0.1, 0.2)).tolist()
+    assert (
+        found.tolist()
+        == reference(values, codes if len(strata) > 1 else [0] * len(values), keep, Shares(0.1, 0.2)).tolist()
+    )
 
 
 @given(CASES)
@@ -167,7 +170,5 @@ def test_too_few_groups_are_refused():
 def test_only_files_that_came_first_have_a_generation():
     tables, _ = made(list(range(40)), [0] * 40, 2)
     first, _ = division.divide(tables, [np.zeros(1, np.int32)] * 2, plan(2), lambda sizes: None)
-    again, _ = division.divide(
-        tables, [np.zeros(1, np.int32)] * 2, plan(2, past=first.generations), lambda sizes: None
-    )
+    again, _ = division.divide(tables, [np.zeros(1, np.int32)] * 2, plan(2, past=first.generations), lambda sizes: None)
     assert again.generations == first.generations == [Generation(2, first.generations[0].cuts)]

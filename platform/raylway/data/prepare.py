@@ -59,7 +59,7 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
             return prepared
         with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
             manifest, keys = _prepare(loaded, start, staged, kept, reporter, stage)
-        pieces.sweep(folder.parent, spent=keys if len(manifest.files) == 1 else [])
+        pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
     return Prepared(folder)
 
@@ -102,7 +102,7 @@ def _prepare(
     _write_duplicates(folder, decided.division.exceptions)
     _write_profile(folder, decided, found.rules, found.seen)
     keys = [item.key for item in found.items]
-    storage.write_record(folder / pieces.USED, keys if len(source.files) > 1 else [])
+    storage.write_record(folder / pieces.USED, keys if start.may_grow else [])
     storage.write_record(folder / MANIFEST, manifest)
     return manifest, keys
 
