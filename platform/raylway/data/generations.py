@@ -42,6 +42,9 @@ class Start:
     """Fingerprint of the prepared data that is continued."""
     past: Lineage = field(default_factory=Lineage)
 
+    may_grow: bool = True
+    """Whether other files may join: not if the job names one file."""
+
     @property
     def sources(self) -> list[tuple[str, str]]:
         return [_identity(location) for location in self.locations]
@@ -62,7 +65,8 @@ def find(loaded: LoadedJob, folder: Path | None) -> Start:
     by_identity = {_identity(location): location for location in locations}
     facts = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, job.data.model_dump(mode="json")]
     section = _digest(facts)
-    alone = Start(_digest([section, list(by_identity), ""]), section, locations)
+    may_grow = [job.data.source] != [location.name for location in locations]
+    alone = Start(_digest([section, list(by_identity), ""]), section, locations, may_grow=may_grow)
     known = [each for each in _known(folder) if each.lineage.section == section and each.lineage.sources]
     same = [each for each in known if set(each.lineage.sources) == by_identity.keys()]
     if same:

@@ -10,9 +10,9 @@ The key is a hash of what the item holds (checksum of each file, which part of i
 version; `<rules>` of what rows are held to. So a killed preparation goes on with the items that are whole, and other
 jobs over the same files find them.
 
-Pieces stay as long as a prepared folder names them (the next preparation removes those that none names and that were not used
-for a day); of a source that is a single file, which can't grow, they go when its preparation is whole. Removing the folder
-loses nothing but time.
+Pieces stay as long as a prepared folder names them (the next preparation removes those that none names and that were
+not used for a day); where the job names one file, to which none can be added, they go when its preparation is whole.
+Removing the folder loses nothing but time.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
             return prepared
         with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
             manifest, keys = _prepare(loaded, start, staged, kept, reporter, stage)
-        pieces.sweep(folder.parent, spent=keys if len(manifest.files) == 1 else [])
+        pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
     return Prepared(folder)
 
@@ -129,7 +129,7 @@ def _prepare(
     columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
     storage.write_record(folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
     keys = [item.key for item in found.items]
-    storage.write_record(folder / pieces.USED, keys if len(source.files) > 1 else [])
+    storage.write_record(folder / pieces.USED, keys if start.may_grow else [])
     storage.write_record(folder / MANIFEST, manifest)
     return manifest, keys
 
