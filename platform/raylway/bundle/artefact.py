@@ -36,7 +36,8 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
         run: Where the model comes from.
 
     Raises:
-        UserError: The source of the model or of a derived column can't be carried, or the weights do not fit the network that it builds.
+        UserError: The source of the model or of a derived column can't be carried, or the weights do not fit the
+            network that the model builds.
         NotFinite: The model's answer to an ordinary row is not a finite number.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,6 +60,7 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
             files=[],
             provenance=Provenance(run.id, run.created_at, run.fingerprint, run.seed, run.commit, run.versions),
             metrics={},
+            profile=prepared.profile,
         )
         examples.write(made, Predictor(Bundle(made, record)))
         record = msgspec.structs.replace(record, files=contents.listed(made))

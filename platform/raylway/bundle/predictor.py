@@ -20,8 +20,8 @@ from raylway.bundle import code, contents
 from raylway.bundle.contents import Bundle
 from raylway.bundle.rows import MOST_PROBLEMS, Problem, Rows
 from raylway.errors import RunFailed, UserError
-from raylway.features.signature import Input, Signature
 from raylway.features import dates
+from raylway.features.signature import Input, Signature
 from raylway.features.transform import Encoder
 from raylway.models import registry
 
@@ -98,7 +98,7 @@ class Predictor:
             for row, why in _unusable(table[each.name], each).items():
                 reasons[row] = reasons[row] or f"{each.name} is {why}"
         for name, rows in self._encoder.missing(table).items():
-            for row in np.flatnonzero(rows):
+            for row in np.flatnonzero(rows).tolist():
                 reasons[row] = reasons[row] or f"{name} {_WITHOUT_VALUE}"
         return reasons
 

@@ -258,14 +258,20 @@ def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]
     if value is None:
         if each.required:
             yield Problem(index, each.name, f"is null; expected {_expected(each)}")
-    elif each.type == "date" and (kind is not str or _holds_no_date([value])):
-        yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
-    elif kind in (dict, list) or (each.type == "number" and kind in (str, bool)):
+    elif _misfits(each, value):
         yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
     elif kind is float and not math.isfinite(value):
         yield Problem(index, each.name, "is not a finite number")
     elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
         yield Problem(index, each.name, "is too large")
+
+
+def _misfits(each: Input, value: Any) -> bool:
+    """Whether a JSON value other than null is of a type that the input does not take, or no date for a date."""
+    kind = type(value)
+    if each.type == "date":
+        return kind is not str or _holds_no_date([value])
+    return kind in (dict, list) or (each.type == "number" and kind in (str, bool))
 
 
 def _expected(each: Input) -> str:

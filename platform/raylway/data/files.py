@@ -22,7 +22,9 @@ import pyarrow as pa
 
 from raylway import storage
 from raylway.errors import UserError
+from raylway.features.prepared import SPLITS, SplitName
 from raylway.job.load import LoadedJob
+from raylway.job.schema import Files
 
 Format = Literal["csv", "parquet", "python"]
 _CSV_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".zip")
@@ -42,6 +44,8 @@ class Location(msgspec.Struct, frozen=True):
     """For `python://`: `module:function`."""
     member: str | None = None
     """One file inside a zip archive."""
+    side: SplitName | None = None
+    """Where its rows go, if the job names files for each side."""
 
     @property
     def format(self) -> Format:
@@ -66,18 +70,23 @@ def locate(loaded: LoadedJob) -> list[Location]:
         UserError: Nothing is there, the formats are mixed, or an address is of a kind that is not read.
     """
     source = loaded.job.data.source
-    texts = [source] if isinstance(source, str) else source
     where = loaded.location(_WHERE)
     by_path: dict[tuple[str, str | None], Location] = {}
-    for text in texts:
+    for side, text in _texts(source):
         try:
-            found = _locate_one(text, loaded, where)
+            found = [msgspec.structs.replace(each, side=side) for each in _locate_one(text, loaded, where)]
         except OSError as error:  # a name that is too long, a folder that may not be entered
             raise UserError(
                 "the source can't be looked for", where=where, found=f"{text[:200]}: {error.strerror}"
             ) from None
         for location in found:
-            by_path.setdefault((location.path, location.function), location)
+            known = by_path.setdefault((location.path, location.function), location)
+            if known.side != side:
+                raise UserError(
+                    "a file can't be on two sides of the split",
+                    where=where,
+                    found=f"{location.name}: {known.side}, {side}",
+                )
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
         raise UserError("the source names nothing", where=where, expected="a file, glob, folder, pkg:// or python://")
@@ -94,6 +103,16 @@ def locate(loaded: LoadedJob) -> list[Location]:
     for location in locations:
         _check_readable(location, where)
     return locations
+
+
+def _texts(source: str | list[str] | Files) -> list[tuple[SplitName | None, str]]:
+    if not isinstance(source, Files):
+        return [(None, text) for text in ([source] if isinstance(source, str) else source)]
+    result: list[tuple[SplitName | None, str]] = []
+    for side in SPLITS:
+        texts = getattr(source, side)
+        result += [(side, text) for text in ([texts] if isinstance(texts, str) else texts or [])]
+    return result
 
 
 def file_at(path: Path) -> Location:
@@ -159,7 +178,8 @@ def zip_members(location: Location) -> list[Location]:
         )
     several = len(wanted) > 1
     return [
-        Location(f"{location.name}/{name}" if several else location.name, location.path, member=name) for name in wanted
+        msgspec.structs.replace(location, name=f"{location.name}/{name}" if several else location.name, member=name)
+        for name in wanted
     ]
 
 

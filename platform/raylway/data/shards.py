@@ -13,6 +13,7 @@ import xxhash
 from raylway import storage
 from raylway.data import clean
 from raylway.data.clean import Rules
+from raylway.data.describe import chosen, sample
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import Names
 from raylway.data.split import TRAIN
@@ -42,15 +43,32 @@ class Use(msgspec.Struct, frozen=True):
         return cls(rules, [name for name in names.columns if name in read], plan)
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """What one round of fitting found in the training rows of one piece."""
+
+    rows: int
+    """Of the piece."""
+    part: Part
+    sample: bytes
+    """In the first round some kept rows (`describe.sample`)."""
+
+
 class Written(msgspec.Struct, frozen=True):
     """The shards of one piece."""
 
+    rows: int
+    """Of the piece."""
     shards: list[Shard]
 
 
-def measure(piece: Piece, sides: np.ndarray, use: Use, question: Question) -> Part:
-    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`)."""
-    return fit.measure(_rows(piece, np.flatnonzero(sides == TRAIN), use), use.plan, question)
+def measure(piece: Piece, sides: np.ndarray, use: Use, question: Question, rate: float) -> Measured:
+    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`), `rate` the share of rows to sample."""
+    part = fit.measure(_rows(piece, np.flatnonzero(sides == TRAIN), use), use.plan, question)
+    if question.known is not None:
+        return Measured(len(sides), part, b"")
+    some = chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
+    rows = clean.typed_rows(piece, some, list(use.rules.types), use.rules)
+    return Measured(len(sides), part, sample(rows, sides[some], 1.0))
 
 
 def rows_per_shard(transform: Transform) -> int:
@@ -59,14 +77,14 @@ def rows_per_shard(transform: Transform) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
-def numbering(sides: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
-    """The number of each piece's first shard, by side."""
+def numbering(per_piece: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
+    """The number of each piece's first shard, by side; from the rows of each piece by side (and class)."""
     at: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     first = []
-    for piece in sides:
+    for piece in per_piece:
         first.append(dict(at))
         for side, name in enumerate(SPLITS, 1):
-            at[name] += -(-int(np.count_nonzero(piece == side)) // each)
+            at[name] += -(-int(piece[side].sum()) // each)
     return first
 
 
@@ -90,7 +108,7 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             file = f"{name}-{number + start // to.rows:05d}.arrow"
             storage.write_bytes(Path(to.folder) / file, content)
             shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
-    return Written(shards)
+    return Written(len(sides), shards)
 
 
 @dataclass(frozen=True)
