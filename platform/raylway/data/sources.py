@@ -96,9 +96,8 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     read = sum(piece.facts.read for piece in pieces)
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(
-            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
-        )
+        every = outcome.Pieces(assessed, tables, functools.partial(_count, assessed, tables))
+        found = outcome.conclude(loaded, source, names, rules, seen, every)
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
