@@ -49,7 +49,7 @@ def test_a_small_source_is_judged_exactly_and_without_ray_or_torch(tmp_path):
     assert (found.numeric, found.categorical) == (["size"], ["colour", "note"])
     by_name = {column.name: column for column in found.columns}
     assert [column.type for column in found.columns] == ["int64", "float64", "string", "string", "string"]
-    assert by_name["colour"].distinct == 3 and by_name["sold"].role == "target" and by_name["id"].role == "unused"
+    assert by_name["colour"].distinct == 3 and by_name["sold"].role == "target" and by_name["id"].role == "dropped"
     script = f"""
         import sys
         from pathlib import Path

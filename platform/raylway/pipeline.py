@@ -56,6 +56,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
 
     check(loaded)
     ahead = ("ray.data",) if last == "prepare" else ("ray.data", "torch")
+    began_at = time.monotonic()
     with start.connect(reporter, loaded.import_paths, ahead) as capacity:
         capacity.require_shared(root)
         started_at = time.monotonic()
@@ -64,7 +65,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
             return None
         found.create(loaded, fingerprint)
         with _only_one(found):
-            found.add_prepare(time.monotonic() - started_at)
+            found.add_prepare(time.monotonic() - started_at, started_at - began_at)
             work = Work(loaded, found, prepared, capacity, reporter, last)
             for stage in wanted[1:]:
                 if not found.is_done(stage):

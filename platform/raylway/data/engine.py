@@ -87,8 +87,8 @@ def _on_ray(
 
     _configure()
     rows = [{"at": at, "record": msgspec.msgpack.encode(argument)} for at, argument in enumerate(arguments)]
-    items = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = items.map_batches(partial(_task, function=function, kind=type(arguments[0])), **_ONE)
+    source = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = source.map_batches(partial(_task, function=function, kind=type(arguments[0])), **_ONE)
     for row in dataset.iter_rows():
         if row["failed"]:
             raise UserError(*msgspec.structs.astuple(msgspec.msgpack.decode(row["record"], type=_Failure)))

@@ -11,16 +11,18 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import division, ordering, sides
+from raylway.data import describe, division, ordering, sides
 from raylway.data.clean import Assessed, Rules, assess, distinct
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
+from raylway.data.describe import Described
 from raylway.data.division import Division, Exceptions
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.opening import Source, no_rows
 from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
+from raylway.data.warnings import Subject
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
@@ -48,6 +50,8 @@ class Outcome:
     distinct: dict[str, int]
     """Different values of each column of text."""
     sentences: list[str]
+    described: Described
+    """All columns over all rows that could be read."""
 
 
 def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
@@ -180,7 +184,8 @@ def conclude(
         name: totals[side].tolist() if classes else [] for side, name in enumerate(SPLITS, 1)
     }
     different = _distinct(types, [each.assessed for each in found])
-    roles = choose_features(names, types, different, account.kept, _empty(seen), loaded.location("data.features"))
+    empty = empty_columns(seen)
+    roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
     sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class)
     return Outcome(
         task,
@@ -194,6 +199,7 @@ def conclude(
         types,
         different,
         sentences + sides.sentences(order, told, past or []),
+        describe.merged(each.assessed.described for each in found),
     )
 
 
@@ -217,6 +223,7 @@ class Preview:
     distinct: dict[str, int]
     usable: int
     sentences: list[str]
+    described: Described
 
 
 def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen], found: list[Found]) -> Preview:
@@ -229,9 +236,25 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     types = rules.types | found[0].assessed.derived_types
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
     different = _distinct(types, [each.assessed for each in found])
-    empty = _empty(seen)
+    empty = empty_columns(seen)
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
-    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences)
+    described = describe.merged(each.assessed.described for each in found)
+    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
+
+
+def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:
+    """What `warnings` looks at; of a part of the data the sides of the split are not known, so no class is counted."""
+    by = loaded.job.data.split.by
+    return Subject(
+        found.described.columns,
+        found.roles.numeric,
+        found.roles.categorical,
+        names.target,
+        found.task,
+        dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
+        ("class" if found.classes else "chance") if by == "auto" else by,
+        names.drop,
+    )
 
 
 def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:
@@ -328,7 +351,8 @@ def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
     }
 
 
-def _empty(seen: dict[str, Seen]) -> list[str]:
+def empty_columns(seen: dict[str, Seen]) -> list[str]:
+    """Columns without a present cell."""
     return [name for name, column in seen.items() if column.stored == ["null"]]
 
 

@@ -94,10 +94,10 @@ def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> C
 
 
 def measure(
-    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, target_is_number: bool
+    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, target_is_number: bool, rate: float
 ) -> Measured:
     """`shards.measure` of a piece on disk."""
-    return shards.measure(*_with_sides(task, folder, assessment, divided), use, target_is_number)
+    return shards.measure(*_with_sides(task, folder, assessment, divided), use, target_is_number, rate)
 
 
 def write(

@@ -7,18 +7,32 @@ decides, from small facts, hashes and counts only: about 30 bytes for each row o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raylway import storage
-from raylway.data import engine, generations, outcome, passes, pieces, reading, shards
-from raylway.data.clean import Rules
-from raylway.data.columns import Seen
+from raylway.data import (
+    describe,
+    division,
+    engine,
+    generations,
+    leaks,
+    outcome,
+    passes,
+    pieces,
+    reading,
+    shards,
+    warnings,
+)
+from raylway.data import report as column_report
 from raylway.data.decide import Places
+from raylway.data.describe import SIDE
 from raylway.data.division import Division, Exceptions
 from raylway.data.generations import Start
 from raylway.data.opening import Source, no_rows, open_source
@@ -27,7 +41,10 @@ from raylway.data.passes import PieceTask
 from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
+from raylway.data.split import TRAIN
+from raylway.features import transform as features_transform
 from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
+from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
@@ -75,7 +92,8 @@ def _prepare(
     found = reading.read(loaded, source, names, start.past.generations, kept, stage)
     decided, tasks = _decide(loaded, source, names, found, start, kept)
     use = Use.of(found.rules, names, decided.roles)
-    transform, written = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
+    transform, written, sample = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
+    sample = features_transform.derived(sample, names.derive)
     continues = bool(decided.division.generations[1:])
     manifest = Manifest(
         format=FORMAT,
@@ -95,12 +113,21 @@ def _prepare(
             decided.task,
             decided.division.generations,
         ),
+        warnings=warnings.find(outcome.subject(loaded, names, decided), sample),
+        profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
+        leak_test=leaks.leak_test(
+            folder, written, decided.account.kept, _contents(tasks, decided.division, kept, found.assessment)
+        ),
     )
     for sentence in manifest.decisions:
         reporter.note(f"  {sentence}")
+    for sentence in manifest.warnings:
+        reporter.note(f"  warning: {sentence}")
     _write_quarantine(folder, kept, tasks, found.assessment, source.places)
     _write_duplicates(folder, decided.division.exceptions)
-    _write_profile(folder, decided, found.rules, found.seen)
+    empty = outcome.empty_columns(found.seen)
+    columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
+    storage.write_record(folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
     keys = [item.key for item in found.items]
     storage.write_record(folder / pieces.USED, keys if start.may_grow else [])
     storage.write_record(folder / MANIFEST, manifest)
@@ -136,12 +163,13 @@ def _decide(
 
 def _encode(
     tasks: list[PieceTask], decided: Outcome, use: Use, assessment: str, folder: Path, kept: Path, stage: Stage
-) -> tuple[Transform, list[Shard]]:
-    """Fit the transform on the training rows, then write the shards."""
+) -> tuple[Transform, list[Shard], pa.Table]:
+    """Fit the transform on the training rows, then write the shards; and a sample of the kept rows."""
     rows = sum(task.facts.rows for task in tasks)
     divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
     bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
-    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression")
+    rate = describe.rate(decided.account.kept)
+    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression", rate=rate)
     measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
     transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
     each = shards.rows_per_shard(use)
@@ -150,7 +178,23 @@ def _encode(
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
     written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
-    return transform, sorted(every, key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    return transform, every, describe.sampled(part.sample for part in measured)
+
+
+def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:
+    """What the kept rows hold, piece by piece."""
+    by = divided.ordering.by
+    for task in tasks:
+        table = passes.rows(kept, task.key, task.facts.number, assessment)
+        sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
+        word = {name: table[name].to_numpy() for name in table.column_names}
+        rows = np.flatnonzero(sides > 0)
+        rows = rows[np.argsort(word["position"][rows])]
+        hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
+        group = word["key"][rows] if by == "group" else None
+        instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
+        yield leaks.Contents(word["row"][rows], hashes, group, instant)
 
 
 def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
@@ -189,17 +233,3 @@ def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:
     table = pa.table({"row_id": pa.array(rows[left_out]), "first_row_id": pa.array(firsts[left_out])})
     with pa.OSFile(str(folder / DUPLICATES), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-
-
-def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str, Seen]) -> None:
-    roles_by_name = dict.fromkeys(decided.roles.numeric, "numeric") | dict.fromkeys(
-        decided.roles.categorical, "categorical"
-    )
-    columns = []
-    for name, kind in rules.types.items():
-        missing = seen[name].missing_as(kind)
-        role = "target" if name == rules.target else roles_by_name.get(name, "unused")
-        columns.append(
-            {"name": name, "type": kind, "role": role, "missing": missing, "distinct": decided.distinct.get(name)}
-        )
-    storage.write_record(folder / "profile.json", {"columns": columns})

@@ -13,6 +13,8 @@ from raylway.job.load import LoadedJob
 
 FEW_CLASSES = 20
 """A target of at most so many whole values is a class, if there are five rows a value or just two values."""
+_NEARLY_ALL = 0.95
+"""Texts that differ in more than this share of the rows name the rows."""
 _MANY_TEXTS = 100
 """A column of text with more values than this, and different in more than half of the rows, is no category."""
 
@@ -96,6 +98,8 @@ class Roles:
     derive: dict[str, str]
     """Only what the features need, in order."""
     sentences: list[str]
+    unused: dict[str, tuple[str, str]]
+    """Columns that are no feature for what they look like: role (text, identifier), and why."""
 
 
 def choose_features(
@@ -115,6 +119,7 @@ def choose_features(
         UserError: No feature is left.
     """
     numeric, categorical, sentences = [], [], []
+    unused: dict[str, tuple[str, str]] = {}
     for name in [*names.columns, *names.derive]:
         behind, through = _behind(name, names.derive)
         leaks = sorted((behind | through) & names.target_sources)
@@ -131,6 +136,8 @@ def choose_features(
         elif name in names.categorical or texts.get(name, 0) <= max(_MANY_TEXTS, rows / 2):
             categorical.append(name)
         else:
+            role = "identifier" if texts[name] > _NEARLY_ALL * rows else "text"
+            unused[name] = role, f"about {texts[name]:,} different texts in {rows:,} rows"
             sentences.append(
                 f"column {name!r} is no feature: about {texts[name]:,} different texts in {rows:,} rows are no "
                 "categories but identifiers or free text; list it under features.categorical to use it"
@@ -145,7 +152,7 @@ def choose_features(
     _refuse_derived_from_truth_values([*numeric, *categorical], names, types, where)
     needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
-    return Roles(numeric, categorical, derive, sentences)
+    return Roles(numeric, categorical, derive, sentences, unused)
 
 
 def signature(

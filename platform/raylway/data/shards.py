@@ -14,6 +14,7 @@ import xxhash
 from raylway import storage
 from raylway.data import clean
 from raylway.data.clean import Rules
+from raylway.data.describe import chosen, sample
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import Names, Roles
 from raylway.data.split import TRAIN
@@ -60,6 +61,8 @@ class Measured(msgspec.Struct, frozen=True):
     """Of the piece."""
     numeric: dict[str, Moments]
     categorical: dict[str, dict[str, int]]
+    sample: bytes
+    """Some kept rows (`describe.sample`)."""
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -70,13 +73,14 @@ class Written(msgspec.Struct, frozen=True):
     shards: list[Shard]
 
 
-def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool) -> Measured:
-    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`)."""
+def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool, rate: float) -> Measured:
+    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`), `rate` the share of rows to sample."""
     table = _rows(piece, np.flatnonzero(sides == TRAIN), use)
     statistics = Statistics.of(table, [*use.numeric, *[use.target] * target_is_number], use.categorical)
-    return Measured(
-        len(sides), statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()}
-    )
+    counts = {name: dict(each) for name, each in statistics.categorical.items()}
+    some = chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
+    rows = clean.typed_rows(piece, some, list(use.rules.types), use.rules)
+    return Measured(len(sides), statistics.numeric, counts, sample(rows, sides[some], 1.0))
 
 
 def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylway.data import division, ordering, split
+from raylway.data.csv_read import Reject
 from raylway.data.division import Division, Plan, Told
 from raylway.data.opening import Source
 from raylway.data.ordering import Ordering

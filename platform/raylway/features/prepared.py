@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from raylway import storage
 from raylway.errors import RunFailed
+from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
@@ -53,6 +54,29 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train: int
     validation: int
     test: int
+
+
+class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands on two sides of the split, counted on the written shards; 0 everywhere is a pass."""
+
+    rows: int
+    """Kept rows; the row id of each was looked for in every shard."""
+    compared: int
+    """Rows whose content was compared: all, or of very large data a fixed part."""
+    unplaced: int
+    """Kept rows that no shard holds."""
+    row_ids_on_two_sides: int
+    equal_rows_on_two_sides: int
+    """Different contents on more than one side."""
+    groups_on_two_sides: int | None = None
+    """For a split by group."""
+    out_of_order: int | None = None
+    """For a split by time: sides that begin before an earlier one ends."""
+
+    @property
+    def passed(self) -> bool:
+        found = self.unplaced, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
+        return not any((*found, self.groups_on_two_sides, self.out_of_order))
 
 
 class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +122,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: list[Shard]
     decisions: list[str]
     """What was decided about the data, one sentence each (types, columns left out)."""
+    warnings: list[str] = []
+    """What in the data may ruin the model, one sentence each with what to do."""
+    profile: Profile | None = None
+    """Of a sample of the training rows."""
+    leak_test: LeakTest | None = None
     lineage: Lineage = Lineage()
 
 
