@@ -151,12 +151,12 @@ def _decide(
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
         return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
 
-    ones = [one for _, _, one in each]
+    every = outcome.Pieces([one for _, _, one in each], tables, count)
     past = start.past.generations
-    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count, past)
+    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
         # the same rows have other hashes under other types: their sides can't be told any more
-        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count)
+        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every)
         decided.sentences.append("the new files change the columns' types: all rows are divided anew")
     return decided, tasks
 
