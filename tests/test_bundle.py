@@ -84,8 +84,8 @@ def test_an_answer_does_not_depend_on_its_batch(which: str, request: pytest.Fixt
     predictor = Predictor(request.getfixturevalue(which))
     transform = predictor.bundle.record.transform
     rng = np.random.default_rng(3)
-    numeric = rng.standard_normal((3 * CHUNK_ROWS + 5, len(transform.numeric)), np.float32)
-    shape = (len(numeric), len(transform.categorical))
+    numeric = rng.standard_normal((3 * CHUNK_ROWS + 5, transform.num_numeric), np.float32)
+    shape = (len(numeric), len(transform.category_counts))
     categorical = rng.integers(0, 3, shape)
     together = predictor.forward(numeric, categorical)
     for row in range(len(numeric)):

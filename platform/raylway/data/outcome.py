@@ -24,10 +24,11 @@ from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
 from raylway.data.warnings import Subject
 from raylway.errors import UserError
+from raylway.features.plan import FitPlan, treatments
 from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 
 _SHOWN = 4
 """Rejected rows of a piece that a message may name."""
@@ -40,6 +41,7 @@ class Outcome:
     task: Task
     classes: list[str]
     roles: Roles
+    plan: FitPlan
     signature: Signature
     account: Account
     by_class: dict[SplitName, list[int]]
@@ -70,6 +72,7 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
         places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
         target=names.target,
         target_sources=sorted(names.target_sources),
+        dates=names.date,
         needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
         unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
         unused=hidden,
@@ -159,7 +162,7 @@ def conclude(
     rows = sum(each.usable for each in found)
     if not rows:
         raise _nothing_left(loaded, source, found)
-    types = rules.types | found[0].assessed.derived_types
+    types = rules.types | derived_types(rules, [each.assessed for each in found])
     order = ordering_of(loaded, source)
     sides.check(loaded, source, types, order, [each.refused for each in found if each.refused])
     task, why, classes = _target(loaded, names, types, found, rows)
@@ -186,11 +189,14 @@ def conclude(
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class)
+    plan = _plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    sentences += _absences(names.target, classes, by_class)
     return Outcome(
         task,
         classes,
         roles,
+        plan,
         signature(names, roles, types, task, classes, required=rules.drop_missing),
         account,
         by_class,
@@ -233,13 +239,76 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
         UserError: The target does not fit the task, or no feature is left.
     """
     rows = sum(each.usable for each in found)
-    types = rules.types | found[0].assessed.derived_types
+    types = rules.types | derived_types(rules, [each.assessed for each in found])
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
     described = describe.merged(each.assessed.described for each in found)
-    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
+    _plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    return Preview(task, classes, roles, different, rows, sentences, described)
+
+
+def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
+    """The type of each derived column, over all pieces.
+
+    Raises:
+        UserError: A user's function gives text in one piece and numbers in another.
+    """
+    types: dict[str, str] = {}
+    for name in rules.derive:
+        kinds = sorted({piece.derived_types[name] for piece in pieces} - {"null"})
+        if len(kinds) > 1:
+            raise UserError(
+                f"the derived column {name!r} has no one type",
+                where=rules.places[name],
+                expected="text, numbers or truth values in every part of the data",
+                found=" and ".join(kinds),
+                fix="let the function return one type",
+            )
+        types[name] = kinds[0] if kinds else "float64"
+    return types
+
+
+def _plan(loaded: LoadedJob, names: Names, roles: Roles, task: Task, classes: list[str]) -> FitPlan:
+    used = [*roles.numeric, *roles.categorical, names.target]
+    needed = frozenset().union(*map(names.derives, used))
+    read = frozenset().union(*map(names.reads, roles.derive))
+    section = loaded.job.data.transform
+    with located(loaded):
+        columns = treatments(section, roles.numeric, roles.categorical, roles.date)
+    return FitPlan(
+        derive={name: text for name, text in names.derive.items() if name in needed},
+        served=list(roles.derive),
+        numeric=roles.numeric,
+        categorical=roles.categorical,
+        date=roles.date,
+        behind=[name for name in names.columns if name in read and name not in columns],
+        columns=columns,
+        target=names.target,
+        task=task,
+        classes=classes,
+        drops_missing=loaded.job.data.clean.missing == "drop",
+    )
+
+
+def _ineffective(loaded: LoadedJob, roles: Roles) -> list[str]:
+    """What the job says of the transform to no effect."""
+    section = loaded.job.data.transform
+    features = {*roles.numeric, *roles.categorical, *roles.date}
+    sentences = [
+        f"data.transform.columns.{name} has no effect: the column is no feature"
+        for name in section.columns
+        if name not in features
+    ]
+    said = {key for part in (section, *section.columns.values()) for key in part.model_fields_set}
+    if useless := sorted(said & {"impute", "indicator"}) if loaded.job.data.clean.missing == "drop" else []:
+        sentences.append(
+            f"data.transform: {' and '.join(useless)} have no effect, for rows with missing cells are left out "
+            "(data.clean.missing: impute keeps them)"
+        )
+    return sentences
 
 
 def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:

@@ -19,6 +19,7 @@ from raylway.data.outcome import Counted, Found
 from raylway.data.pieces import Keyed
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.errors import UserError
+from raylway.features.fit import Question
 from raylway.features.transform import Transform
 
 _FACTS = "facts"
@@ -94,10 +95,10 @@ def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> C
 
 
 def measure(
-    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, target_is_number: bool, rate: float
+    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, question: Question, rate: float
 ) -> Measured:
     """`shards.measure` of a piece on disk."""
-    return shards.measure(*_with_sides(task, folder, assessment, divided), use, target_is_number, rate)
+    return shards.measure(*_with_sides(task, folder, assessment, divided), use, question, rate)
 
 
 def write(

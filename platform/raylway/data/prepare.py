@@ -42,7 +42,8 @@ from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
-from raylway.features import transform as features_transform
+from raylway.features import derive, fit
+from raylway.features.fit import Question
 from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
@@ -91,9 +92,9 @@ def _prepare(
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
     found = reading.read(loaded, source, names, start.past.generations, kept, stage)
     decided, tasks = _decide(loaded, source, names, found, start, kept)
-    use = Use.of(found.rules, names, decided.roles)
+    use = Use.of(found.rules, names, decided.plan)
     transform, written, sample = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
-    sample = features_transform.derived(sample, names.derive)
+    sample = derive.derived(sample, derive.parsed(names.derive))
     continues = bool(decided.division.generations[1:])
     manifest = Manifest(
         format=FORMAT,
@@ -169,17 +170,21 @@ def _encode(
     divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
     bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
     rate = describe.rate(decided.account.kept)
-    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression", rate=rate)
-    measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
-    transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
-    each = shards.rows_per_shard(use)
+    transform: Question | Transform = fit.first_question(use.plan)
+    samples: list[bytes] = []
+    while isinstance(transform, Question):
+        measure = functools.partial(passes.measure, **bound, question=transform, rate=rate)
+        measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
+        samples = samples or [each.sample for each in measured]
+        transform = fit.advance(use.plan, transform, (each.part for each in measured))
+    each = shards.rows_per_shard(transform)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
     to = To(str(folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
     written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
-    return transform, every, describe.sampled(part.sample for part in measured)
+    return transform, every, describe.sampled(samples)
 
 
 def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:
