@@ -8,7 +8,7 @@ left out or belong to an earlier generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -105,7 +105,7 @@ class Plan:
 
 
 def divide(
-    tables: list[pa.Table], codes: list[np.ndarray], plan: Plan, sizes_fit: Callable[[np.ndarray], None]
+    tables: Sequence[pa.Table], codes: list[np.ndarray], plan: Plan, sizes_fit: Callable[[np.ndarray], None]
 ) -> tuple[Division, Told]:
     """Divide all rows.
 
@@ -244,15 +244,16 @@ class _Bucket:
 class _Buckets:
     """Ranges of keys, each loaded when asked for."""
 
-    def __init__(self, tables: list[pa.Table], codes: list[np.ndarray], plan: Plan) -> None:
+    def __init__(self, tables: Sequence[pa.Table], codes: list[np.ndarray], plan: Plan) -> None:
         self._tables, self._codes, self._plan = tables, codes, plan
-        keys = [table["key"].to_numpy() for table in tables]
-        sample = np.sort(np.concatenate([key[_EVERY - 1 :: _EVERY] for key in keys]))
+        sample = np.sort(np.concatenate([table["key"].to_numpy()[_EVERY - 1 :: _EVERY].copy() for table in tables]))
         step = max(1, BUCKET_ROWS // _EVERY)
-        total = sum(len(key) for key in keys)
+        total = sum(table.num_rows for table in tables)
         borders = np.unique(sample[step - 1 :: step]) if total > BUCKET_ROWS else sample[:0]
-        edges = [np.searchsorted(key, borders, side="right") for key in keys]
-        self._edges = [np.concatenate([[0], edge, [len(key)]]) for edge, key in zip(edges, keys, strict=True)]
+        self._edges = []
+        for table in tables:
+            inner = np.searchsorted(table["key"].to_numpy(), borders, side="right")
+            self._edges.append(np.concatenate([[0], inner, [table.num_rows]]))
         self._count = len(borders) + 1
         self._held: tuple[int, _Bucket] | None = None
 

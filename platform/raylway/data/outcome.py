@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,7 +108,7 @@ class Pieces:
     """All pieces, assessed."""
 
     found: list[Found]
-    tables: list[pa.Table]
+    tables: Sequence[pa.Table]
     """By piece (`ordering.ordered`)."""
     count: Callable[[Division, list[list[int]]], list[Counted]]
     """Counts the rows of every piece, once the division and each piece's class codes are known."""

@@ -140,7 +140,7 @@ def _decide(
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
     each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = [passes.rows(kept, key, facts.number, found.assessment) for key, facts, _ in each]
+    tables = passes.Tables(kept, found.assessment, [(key, facts.number) for key, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:

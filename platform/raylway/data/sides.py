@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class Rows:
     """The usable rows of all pieces."""
 
     order: Ordering
-    tables: list[pa.Table]
+    tables: Sequence[pa.Table]
     """By piece (`ordering.ordered`)."""
     codes: list[list[int]]
     """By piece: its class codes in terms of all classes."""
