@@ -50,7 +50,6 @@ def made(
     inputs: dict[str, str],
     spec: registry.ModelSpec | None = None,
     steps: int = 300,
-    optional: tuple[str, ...] = (),
     derive: dict[str, str] | None = None,
     section: schema.Transform | None = None,
 ) -> Made:
@@ -59,14 +58,15 @@ def made(
     Args:
         table: Training rows, features and target.
         target: A text column for classification, a number for regression.
-        inputs: Type of each raw input by name; derived features are numbers.
+        inputs: Type of each raw input by name, with a `?` behind it if a row may lack it; derived features are numbers.
         spec: The network, a small mlp if left out.
         steps: Full-batch Adam steps.
-        optional: Inputs that a row may lack.
         derive: Derived features by name.
         section: The job's `data.transform`.
     """
     derive = derive or {}
+    optional = [name for name, kind in inputs.items() if kind.endswith("?")]
+    inputs = {name: kind.rstrip("?") for name, kind in inputs.items()}
     numeric = [name for name, kind in inputs.items() if kind == "number"] + list(derive)
     categorical = [name for name, kind in inputs.items() if kind == "category"]
     raw = table[target]
@@ -148,8 +148,8 @@ def price() -> Made:
             "price": 1000 * size + np.where(place == "EU", 50_000.0, 0.0),
         }
     )
-    inputs = {"size": "number", "rooms": "number", "place": "category"}
-    return made(table, "price", inputs, optional=("rooms", "place"), steps=600)
+    inputs = {"size": "number", "rooms": "number?", "place": "category?"}
+    return made(table, "price", inputs, steps=600)
 
 
 def article() -> Made:

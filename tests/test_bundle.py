@@ -263,9 +263,9 @@ def test_a_damaged_or_foreign_record(copied: Path) -> None:
     record = msgspec.json.decode(path.read_bytes())
     for change, words in (
         (b"{", "damaged"),
-        (msgspec.json.encode(record | {"format": 2}), "format 2"),
+        (msgspec.json.encode(record | {"format": 1}), "format 1"),
         (msgspec.json.encode(record | {"signature": record["signature"] | {"classes": ["yes", "no"]}}), "damaged"),
-        (msgspec.json.encode({"format": 1}), "damaged or of another version"),
+        (msgspec.json.encode({"format": contents.FORMAT}), "damaged or of another version"),
     ):
         path.write_bytes(change)
         with pytest.raises(UserError, match=words):

@@ -345,7 +345,7 @@ def test_derived_columns_and_what_they_leave(tmp_path):
     derive = {"late": "gap > 15", "gap": "arr - dep", "per": "dist / size", "speed": "dist / gap", "far": "dist > 3"}
     found = prepared(tmp_path, {"source": "rows.csv", "target": "late", "derive": derive})
     transform = found.manifest.transform
-    assert [*transform.numeric_names, *transform.categorical_names] == ["size", "dist", "per", "far"]
+    assert transform.feature_names == ["size", "dist", "per", "far"]
     assert transform.derive == {"per": "dist / size", "far": "dist > 3"}
     assert [(each.name, each.type) for each in found.manifest.signature.inputs] == [
         ("size", "number"),

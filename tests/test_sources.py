@@ -17,8 +17,9 @@ import pytest
 
 from raylway.data import csv_read, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
+from raylway.features.learnt import CategoricalFeature, NumericFeature, Target
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import CategoricalFeature, NumericFeature, Target, Transform
+from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob, load_job
 
 
@@ -337,9 +338,14 @@ SIGNATURE = Signature(
 )
 TRANSFORM = Transform(
     {},
-    [NumericFeature("n", 0.0, 1.0, 0.0, 1.0)],
-    [CategoricalFeature("store", ["1", "2", "10"], "1"), CategoricalFeature("word", ["1.0", "NA", "x"], "x")],
+    [NumericFeature("n", "n", "", 0.0, 1.0, 0.0, 1.0, "standard", 0.0, 1.0, [], [], 0.0, False)],
+    [
+        CategoricalFeature("store", "store", "", ["1", "2"], ["10"], "1", False, False),
+        CategoricalFeature("word", "word", "", ["1.0", "NA", "x"], [], "x", False, False),
+    ],
     Target("y", "classification", ["a", "b"], 0.0, 1.0),
+    [],
+    True,
 )
 
 

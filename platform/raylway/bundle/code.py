@@ -32,7 +32,6 @@ def copy(modules: list[str], target: Path) -> None:
     Raises:
         UserError: A module can't be found, is installed or compiled; or two files of different folders have one name.
     """
-    target.mkdir()
     copied: dict[str, Path] = {}
     for module in modules:
         for inside, path in sources(module).items():
@@ -43,8 +42,10 @@ def copy(modules: list[str], target: Path) -> None:
                     found=str(copied[inside]),
                     fix="rename one of them",
                 )
-            (target / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inside)
+    target.mkdir()
+    for inside, path in copied.items():
+        (target / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / inside)
 
 
 def sources(module: str) -> dict[str, Path]:

@@ -45,6 +45,11 @@ class Transform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether rows with missing cells were left out: such a row then has no answer, nothing is filled in."""
 
     @property
+    def feature_names(self) -> list[str]:
+        """Numeric, then categorical."""
+        return [feature.name for feature in self.numeric] + [feature.name for feature in self.categorical]
+
+    @property
     def embedded(self) -> list[CategoricalFeature]:
         """The features with codes, in the order of the model's categorical inputs."""
         return [feature for feature in self.categorical if not feature.one_hot]
