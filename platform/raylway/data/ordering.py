@@ -61,7 +61,7 @@ def ordering_of(split: Split, seed: int, sides: list[int]) -> Ordering:
     if sides:
         return Ordering(seed, "files", sides=sides)
     column = split.column or ""
-    if split.by == "group" or split.by == "column":
+    if split.by in {"group", "column"}:
         return Ordering(seed, split.by, column)
     if split.by == "time":
         at: At | None = split.at

@@ -140,7 +140,7 @@ def _decide(
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
     each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = [passes.rows(kept, key, facts.number, found.assessment) for key, facts, _ in each]
+    tables = passes.Tables(kept, found.assessment, [(key, facts.number) for key, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
@@ -152,12 +152,12 @@ def _decide(
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
         return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
 
-    ones = [one for _, _, one in each]
+    every = outcome.Pieces([one for _, _, one in each], tables, count)
     past = start.past.generations
-    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count, past)
+    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
         # the same rows have other hashes under other types: their sides can't be told any more
-        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count)
+        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every)
         decided.sentences.append("the new files change the columns' types: all rows are divided anew")
     return decided, tasks
 

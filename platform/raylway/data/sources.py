@@ -86,9 +86,8 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(
-            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
-        )
+        every = outcome.Pieces(assessed, tables, functools.partial(_count, assessed, tables))
+        found = outcome.conclude(loaded, source, names, rules, seen, every)
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
