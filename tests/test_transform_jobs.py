@@ -209,6 +209,7 @@ def test_the_modules_source_is_part_of_the_fingerprint(tmp_path: Path) -> None:
         ({"features": {"date": ["late"]}}, "is the target"),
         ({"transform": {"columns": {"fre": {"scale": "log"}}}}, "there is no column 'fre'"),
         ({"transform": {"columns": {"carrier": {"scale": "log"}}}}, "scale means nothing for the column 'carrier'"),
+        ({"transform": {"columns": {"fare": {"scale": "log", "bins": 4}}}}, "expected scale or bins for a column"),
         ({"derive": {"speed": "own_job_steps:speed(distance, airtime)"}}, "there is no column 'airtime'"),
         ({"derive": {"speed": "own_job_nowhere:speed(distance)"}}, "there is no module 'own_job_nowhere'"),
         ({"derive": {"speed": "own_job_steps:sped(distance)"}}, "has no function 'sped'"),
