@@ -26,7 +26,7 @@ from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
@@ -215,7 +215,7 @@ class Prepared:
     def rows(self, split: SplitName, verify: bool = False) -> Rows:
         transform = self.manifest.transform
         target = pa.int32() if transform.target.task == "classification" else pa.float64()
-        schema = shard_schema(len(transform.numeric), len(transform.categorical), target)
+        schema = shard_schema(transform.num_numeric, len(transform.category_counts), target)
         return Rows(self.folder, self.shards(split), schema, verify)
 
 

@@ -55,7 +55,8 @@ class Findings:
 
     def _model(self) -> Iterator[str]:
         model = self.loaded.job.model
-        inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical features"
+        dates = f" and {len(self.sample.date)} date" if self.sample.date else ""
+        inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical{dates} features"
         shape = f"hidden {model.hidden}, dropout {model.dropout:g}" if model.kind == "mlp" else f"args {model.args}"
         yield f"model       {model.kind} ({shape}) over {inputs}"
 

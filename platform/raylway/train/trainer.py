@@ -113,8 +113,8 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
         manifest.signature.task,
         manifest.account.train,
         manifest.account.validation,
-        len(manifest.transform.numeric),
-        len(manifest.transform.categorical),
+        manifest.transform.num_numeric,
+        len(manifest.transform.category_counts),
         capacity.gpus,
     )
     capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)

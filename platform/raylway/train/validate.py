@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from raylway.features.transform import Target
+from raylway.features.learnt import Target
 from raylway.train.feed.loader import Feed
 from raylway.train.precision import Precision
 from raylway.train.step import row_losses

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from raylway.features.learnt import Target
 from raylway.features.prepared import Rows
-from raylway.features.transform import Target
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.order import Order, num_microbatches, share
 
