@@ -176,6 +176,11 @@ class Rows:
             self._gather(self._row_id, positions),
         )
 
+    def targets(self) -> np.ndarray:
+        """The target of every row [N], in the order of the shards: one read of all shards (4 or 8 bytes a row)."""
+        self._verify(self._starts[:-1])
+        return np.concatenate(self._target)
+
     def _verify(self, positions: np.ndarray) -> None:
         for index in np.unique(np.searchsorted(self._starts, positions, side="right") - 1):
             if (found := self._unverified.pop(int(index), None)) is not None:
