@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from raylway.bundle.predictor import NotFinite, Predictor
+from raylway.bundle.predictor import NotFinite, Predictor, shortest
 from raylway.bundle.rows import Form, InvalidRows, NotJson, RowReader
 from serve_app import openapi
 from serve_app.batching import Batcher, Overloaded
@@ -114,7 +114,8 @@ class Service:
 
     def _answer(self, form: Form, outputs: np.ndarray) -> Any:
         answers = self._predictor.answers(outputs)
-        listed = outputs.tolist()  # float32 as the float64 of the same value: no bit is lost on the way
+        # of probabilities the digits that `raylway predict` writes; read as float32 no bit is lost on the way
+        listed = (outputs if answers.labels is None else shortest(outputs)).tolist()
         if form == "data":
             return listed if answers.labels is not None else [[value] for value in listed]
         if answers.labels is None:

@@ -97,7 +97,7 @@ def test_rows_of_the_training_distribution_have_not_drifted(tmp_path: Path, coun
     file = tmp_path / f"new.{ending}"
     frame = rows(7, count)
     frame.to_csv(file, index=False) if ending == "csv" else frame.to_parquet(file)
-    found = drift(record(), file)
+    found = drift(record(), str(file))
     assert found.rows == count
     assert not found.is_past_limits, as_text(found)
     assert as_text(found).endswith("no input has drifted")
@@ -108,7 +108,7 @@ def test_what_has_drifted_is_named_first(tmp_path: Path) -> None:
     frame["rooms"] = frame.rooms.where(np.arange(2_000) % 4 > 0)
     frame["place"] = np.where(np.arange(2_000) % 5 == 0, "new", frame.place)
     frame.to_csv(tmp_path / "new.csv", index=False)
-    found = drift(record(), tmp_path / "new.csv")
+    found = drift(record(), str(tmp_path / "new.csv"))
     reasons = {shift.name: " and ".join(shift.reasons) for shift in found.shifts}
     assert found.is_past_limits
     assert "PSI" in reasons["size"] and "KS" in reasons["size"]
@@ -120,9 +120,9 @@ def test_what_has_drifted_is_named_first(tmp_path: Path) -> None:
 def test_files_and_bundles_that_can_not_be_compared(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("size,rooms,place\n")
     with pytest.raises(UserError, match="the file has no rows to compare"):
-        drift(record(), tmp_path / "empty.csv")
+        drift(record(), str(tmp_path / "empty.csv"))
     (tmp_path / "other.csv").write_text("size,rooms\n1,2\n")
     with pytest.raises(UserError, match="lacks the column 'place'"):
-        drift(record(), tmp_path / "other.csv")
+        drift(record(), str(tmp_path / "other.csv"))
     with pytest.raises(UserError, match="the bundle has no profile of its training rows"):
-        drift(record(with_profile=False), tmp_path / "other.csv")
+        drift(record(with_profile=False), str(tmp_path / "other.csv"))

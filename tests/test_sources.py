@@ -12,14 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
-from raylway.data import csv_read, files, items, opening, outcome, roles, sources
+from raylway.data import files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
-from raylway.features.learnt import CategoricalFeature, NumericFeature, Target
-from raylway.features.signature import Input, Signature
-from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob, load_job
 
 
@@ -328,74 +324,3 @@ def test_the_task_is_inferred(tmp_path, values, task):
     pd.DataFrame({"x": range(len(values)), "y": values}).to_csv(tmp_path / "rows.csv", index=False)
     found = sources.sample(job(tmp_path, {"source": "rows.csv", "target": "y"}))
     assert found.task == task and (task == "regression") == (found.classes == [])
-
-
-SIGNATURE = Signature(
-    "classification",
-    "y",
-    [Input("n", "number", True), Input("store", "category", True), Input("word", "category", False)],
-    ["a", "b"],
-)
-TRANSFORM = Transform(
-    {},
-    [NumericFeature("n", "n", "", 0.0, 1.0, 0.0, 1.0, "standard", 0.0, 1.0, [], [], 0.0, False)],
-    [
-        CategoricalFeature("store", "store", "", ["1", "2"], ["10"], "1", False, False),
-        CategoricalFeature("word", "word", "", ["1.0", "NA", "x"], [], "x", False, False),
-    ],
-    Target("y", "classification", ["a", "b"], 0.0, 1.0),
-    [],
-    True,
-)
-
-
-def test_a_file_to_predict_accounts_for_every_row(tmp_path, monkeypatch):
-    rows = ["1,1,x", "2.5,2.0,NA", ",1,x", "oops,1,x", "3,1", "inf,1,x", "4,,x", "5, 10,", "NA,1,x", "6,99,1.0"]
-    (tmp_path / "f.csv").write_text("n,store,word\n" + "\n".join(rows))
-    for step in (1 << 20, 10):
-        monkeypatch.setattr(csv_read, "RANGE_BYTES", step)
-        found = sources.read_table(tmp_path / "f.csv", SIGNATURE, TRANSFORM)
-        assert found.total == 10 and found.positions.tolist() == [0, 1, 7, 9] and found.lines.tolist() == [2, 3, 9, 11]
-        assert found.table.to_pydict() == {
-            "n": [1.0, 2.5, 5.0, 6.0],
-            "store": ["1", "2", "10", "99"],
-            "word": ["x", "NA", None, "1.0"],
-        }
-        assert [(error.position, error.line, error.column) for error in found.errors] == [
-            (2, 4, "n"), (3, 5, "n"), (4, 6, None), (5, 7, "n"), (6, 8, "store"), (8, 10, "n"),
-        ]  # fmt: skip
-    assert "'oops' is no finite number" in found.errors[1].reason and "too few cells" in found.errors[2].reason
-
-
-def test_a_parquet_file_to_predict(tmp_path):
-    frame = pa.table({"store": [1.0, 2.0, None], "n": pa.array([1, 2, 3], pa.int8()), "more": ["p", "q", "r"]})
-    frame = frame.append_column("word", pa.nulls(3, pa.string()))
-    pd_path = tmp_path / "f.parquet"
-    pa.parquet.write_table(frame, pd_path, row_group_size=2)
-    found = sources.read_table(pd_path, SIGNATURE, TRANSFORM)
-    assert found.table.to_pydict() == {"n": [1.0, 2.0], "store": ["1", "2"], "word": [None, None]}
-    assert [(error.position, error.line, error.column) for error in found.errors] == [(2, 3, "store")]
-
-
-def test_a_parquet_file_without_rows_or_with_a_column_of_lists(tmp_path):
-    schema = pa.schema({"store": pa.string(), "n": pa.int8(), "word": pa.string()})
-    pa.parquet.ParquetWriter(tmp_path / "none.parquet", schema).close()
-    found = sources.read_table(tmp_path / "none.parquet", SIGNATURE, TRANSFORM)
-    assert found.table.num_rows == found.total == 0 and found.table.column_names == ["n", "store", "word"]
-    pa.parquet.write_table(pa.table({"store": ["1"], "n": [[1]], "word": ["x"]}), tmp_path / "lists.parquet")
-    with pytest.raises(UserError, match="not read") as caught:
-        sources.read_table(tmp_path / "lists.parquet", SIGNATURE, TRANSFORM)
-    assert "lists.parquet" in caught.value.where
-
-
-def test_a_file_to_predict_without_the_column_of_an_input_is_refused(tmp_path):
-    """Of an optional one too: with a misspelt heading the whole column would be filled in silently."""
-    (tmp_path / "e.csv").write_text("n,store,wrod\n1,2,x\n")
-    with pytest.raises(UserError, match="lacks the column 'word'"):
-        sources.read_table(tmp_path / "e.csv", SIGNATURE, TRANSFORM)
-    (tmp_path / "f.csv").write_text("n,stor\n1,2\n")
-    with pytest.raises(UserError, match="lacks the column 'store'") as caught:
-        sources.read_table(tmp_path / "f.csv", SIGNATURE, TRANSFORM)
-    assert "stor" in caught.value.fix
-    with pytest.raises(UserError, match="no such file"):
-        sources.read_table(tmp_path / "g.csv", SIGNATURE, TRANSFORM)

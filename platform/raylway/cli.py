@@ -105,38 +105,52 @@ def runs(storage: Storage = Path("runs"), json_: Json = False) -> None:
 @app.command()
 def predict(
     run: RunName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows to answer: CSV (.gz, .zip) or Parquet.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Rows to answer: whatever data.source takes.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to a .csv, .parquet or .jsonl file.")
+        str | None,
+        typer.Option("--output", "-o", help="A .csv, .jsonl or .parquet file; with a slash at the end a folder."),
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Write a folder of parts: csv, jsonl or parquet.")
     ] = None,
     storage: Storage = Path("runs"),
+    json_: Json = False,
 ) -> None:
-    """Answer every row of a file with a run's model; prints CSV unless --output names a file."""
-    from raylway.predict import predict_file
+    """Answer every row of a source with a run's model; prints CSV unless --output names a place."""
+    from raylway.job.load import load_job
+    from raylway.predict.output import output_of
+    from raylway.predict.predict import predict as answer
     from raylway.runs.run import find_run
 
-    answered, failed = predict_file(find_run(storage, run, with_bundle=True).bundle, file, output)
+    place = output_of(output, format_)
+    found = find_run(storage, run, with_bundle=True)
+    done = answer(load_job(found.job), found.bundle, source, place, _reporter(json_))
     if output is not None:
-        print(f"{answered:,} rows answered: {output}", file=sys.stderr)
-    if failed:
-        print(f"{failed} of {answered + failed} rows got no answer; their column 'error' says why", file=sys.stderr)
+        print(f"{done.answered:,} rows answered: {output}", file=sys.stderr)
+    if done.rejected:
+        for row in [] if output else done.first:
+            print(f"{row.file}:{row.line}: {f'{row.column}: ' if row.column else ''}{row.reason}", file=sys.stderr)
+        where = f"; {place.rejects} says why" if output else ""
+        print(f"{done.rejected:,} of {done.answered + done.rejected:,} rows got no answer{where}", file=sys.stderr)
         raise typer.Exit(1)
 
 
 @app.command()
 def drift(
     run: RunName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="New rows: CSV (.gz, .zip) or Parquet.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="New rows: whatever data.source takes.")],
     storage: Storage = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Compare a file with the rows that a run's model was trained on; exits 1 past the stated limits."""
+    """Compare a source with the rows that a run's model was trained on; exits 1 past the stated limits."""
     from raylway.bundle.contents import load
     from raylway.data.drift import as_text
     from raylway.data.drift import drift as compare
+    from raylway.job.load import load_job
     from raylway.runs.run import find_run
 
-    found = compare(load(find_run(storage, run, with_bundle=True).bundle).record, file)
+    of_run = find_run(storage, run, with_bundle=True)
+    found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
     print(_as_json(found) if json_ else as_text(found))
     if found.is_past_limits:
         raise typer.Exit(1)

@@ -121,13 +121,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     When two processes make the same folder, the first to finish wins and the other's copy is removed. What a killed
     process left behind beside it is removed too.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final.parent)
-    staged = final.with_name(f"{_STAGING_PREFIX}{final.name}-{secrets.token_hex(6)}")
-    staged.mkdir()
-    held = os.open(staged, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with scratch_folder(final.parent, final.name) as staged:
         yield staged
         sync_folder(staged)
         try:
@@ -135,10 +129,24 @@ def staged_folder(final: Path) -> Iterator[Path]:
         except OSError:
             if not final.is_dir():
                 raise
+    sync_folder(final.parent)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a fresh folder in `parent`, made if it is not there, and remove it at the end; what a killed process left
+    behind there is removed too."""
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent)
+    folder = parent / f"{_STAGING_PREFIX}{name}-{secrets.token_hex(6)}"
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield folder
     finally:
         os.close(held)
-        shutil.rmtree(staged, ignore_errors=True)
-    sync_folder(final.parent)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -30,6 +30,12 @@ CHUNK_ROWS = 16
 and one of 64: 4 rows 0.26 and 2.7, 8 rows 0.36 and 1.7, 16 rows 0.56 and 1.3, 32 rows 0.97 and 1.0."""
 
 
+def shortest(probabilities: np.ndarray) -> np.ndarray:
+    """float32 as the float64 with the fewest digits that rounds to it, so that all formats print the same digits."""
+    texts = pa.array(probabilities.ravel()).cast(pa.string())
+    return texts.cast(pa.float64()).to_numpy().reshape(probabilities.shape)
+
+
 class NotFinite(RunFailed):
     """The model's answer is NaN or infinite: never passed on."""
 
@@ -80,8 +86,12 @@ class Predictor:
         for row, reason in enumerate(self.unanswerable(table)):
             if reason is not None:
                 raise UserError(reason, where=f"row {row + 1}", fix="fill it in, or leave the row out")
+        return self.answers(self.outputs_of(table))
+
+    def outputs_of(self, table: pa.Table) -> np.ndarray:
+        """The model's outputs, as of `forward`, for a typed table in which `unanswerable` has found nothing."""
         encoded = self._encoder.encode(table)
-        return self.answers(self.forward(encoded.numeric, encoded.categorical))
+        return self.forward(encoded.numeric, encoded.categorical)
 
     def unanswerable(self, table: pa.Table) -> list[str | None]:
         """For each row of a typed table why it can't be answered, or None.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -11,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylway.bundle.contents import BundleRecord
-from raylway.data import sources
+from raylway.data import inputs
 from raylway.errors import UserError
 from raylway.features.profile import CategoryProfile, NumberProfile, Shift, bins, shift_of_category, shift_of_number
+from raylway.job.schema import Job
 
 _MOST_NAMES = 10_000
 """Different categories of a column that are counted by name; further ones are counted together."""
@@ -34,8 +34,13 @@ class Drift(msgspec.Struct, frozen=True):
         return any(shift.reasons for shift in self.shifts)
 
 
-def drift(record: BundleRecord, file: Path) -> Drift:
-    """Compare a file with what a model was trained on; memory does not grow with the file.
+def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
+    """Compare rows with what a model was trained on; memory does not grow with them.
+
+    Args:
+        record: Of the model's bundle.
+        source: File, glob, folder, or address, as in `data.source`.
+        job: The run's, for how files are read.
 
     Raises:
         UserError: The bundle has no profile, the file can't be read, lacks an input or has no rows.
@@ -52,7 +57,8 @@ def drift(record: BundleRecord, file: Path) -> Drift:
         each.name: _Categories(each, known.get(each.name, set(each.counts))) for each in record.profile.categories
     }
     rows = unreadable = 0
-    for table, rejects in sources.input_tables(file, record.signature, record.transform):
+    found = inputs.opened(source, record.signature, job)
+    for table, rejects in inputs.tables(found, record.signature, record.transform):
         rows += table.num_rows
         unreadable += rejects
         for name, number in numbers.items():
@@ -60,11 +66,11 @@ def drift(record: BundleRecord, file: Path) -> Drift:
         for name, category in categories.items():
             category.add(table[name])
     if not rows:
-        raise UserError("the file has no rows to compare", where=str(file), fix="name a file with rows")
+        raise UserError("the file has no rows to compare", where=source, fix="name a file with rows")
     shifts = [number.shift() for number in numbers.values()]
     shifts += [category.shift() for category in categories.values()]
     shifts.sort(key=lambda shift: (not shift.reasons, -shift.psi, shift.name))
-    return Drift(str(file), rows, unreadable, shifts)
+    return Drift(source, rows, unreadable, shifts)
 
 
 def as_text(found: Drift) -> str:

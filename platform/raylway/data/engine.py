@@ -85,7 +85,7 @@ def _on_ray(
 ) -> Iterator[tuple[int, Result]]:
     import ray
 
-    _configure()
+    configure()
     rows = [{"at": at, "record": msgspec.msgpack.encode(argument)} for at, argument in enumerate(arguments)]
     source = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = source.map_batches(partial(_task, function=function, kind=type(arguments[0])), **_ONE)
@@ -95,7 +95,7 @@ def _on_ray(
         yield row["at"], msgspec.msgpack.decode(row["record"], type=result)
 
 
-def _configure() -> None:
+def configure() -> None:
     """What Raylway needs of Ray Data."""
     from ray.data import DataContext
 

@@ -61,7 +61,7 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
     Raises:
         UserError: A file is damaged, a column fits no type, or there is no row.
     """
-    todo = _items(_cut(source), past)
+    todo = _items(cut(source), past)
     order = outcome.ordering_of(loaded, source)
     rules, first = _expected_rules(loaded, source, names)
     numbers = {name: kind for name, kind in rules.types.items() if kind in ("int64", "float64")} if rules else {}
@@ -125,7 +125,7 @@ def _items(parts: list[Part], past: list[Generation]) -> list[Item]:
     return result
 
 
-def _cut(source: Source) -> list[Part]:
+def cut(source: Source) -> list[Part]:
     """The source's parts, large plain CSV files cut into ranges if their quotes are regular."""
     step = csv_read.RANGE_BYTES
     uncut = {

@@ -1,35 +1,24 @@
-"""Looking at a source without Ray: `raylway check` samples one, `raylway predict` reads one file whole."""
+"""Looking at a source without Ray: `raylway check` samples one."""
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from raylway.data import arrow_read, clean, columns, csv_read, describe, division, items, outcome, report, warnings
+from raylway.data import clean, describe, division, items, outcome, report, warnings
 from raylway.data.clean import Rules
-from raylway.data.columns import MISSING_WORDS
-from raylway.data.csv_read import Reject
 from raylway.data.decide import lost, refuse_infinite
 from raylway.data.division import Division
-from raylway.data.files import Location, file_at, zip_members
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Found, Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
-from raylway.errors import UserError
 from raylway.features import derive
-from raylway.features.schema import as_float64, canonical_text
-from raylway.features.signature import Input, Signature, Task
-from raylway.features.transform import Transform
+from raylway.features.signature import Task
 from raylway.job.load import LoadedJob
 
 SAMPLE_BYTES = 8 << 20
@@ -169,176 +158,3 @@ def _sampled(
         rows = clean.typed_rows(piece, some, list(rules.types), rules)
         parts.append(describe.sample(rows, side[some], 1.0))
     return derive.derived(describe.sampled(parts), derive.parsed(names.derive))
-
-
-class RowError(msgspec.Struct, frozen=True):
-    """A row of a file that can't be read as the model's inputs."""
-
-    position: int
-    """Of the row in the file, from 0."""
-    line: int
-    """Line it starts on; for Parquet its number from 1."""
-    column: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """All rows of a file: those that can be answered, and why the others can't."""
-
-    table: pa.Table
-    """N rows; the signature's inputs, number as float64 and category as canonical text, missing as null."""
-    positions: np.ndarray
-    """int64 [N]: of each row in the file, from 0."""
-    lines: np.ndarray
-    """int64 [N]: line of each row; for Parquet its number from 1."""
-    errors: list[RowError]
-    """In the order of the file."""
-    total: int
-
-
-def read_table(path: Path, signature: Signature, transform: Transform) -> FileRows:
-    """Read a CSV (.gz, .zip) or Parquet file as the inputs of a model, each row for itself.
-
-    A row's values do not depend on the other rows of the file. Columns that are no input are ignored.
-
-    Raises:
-        UserError: The file can't be read, or lacks the column of an input: of a misspelt heading the whole column would
-            be filled in silently.
-    """
-    location = file_at(path)
-    wanted = {each.name: each for each in signature.inputs}
-    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
-    schema = {name: _kind(each) for name, each in wanted.items()} | {_LINE: pa.int64(), _PLACE: pa.int64()}
-    tables = [pa.schema(schema).empty_table()]  # a Parquet file without row groups gives no other
-    errors: list[RowError] = []
-    total = 0
-    for table, rejects in _file_tables(location, wanted):
-        lines = table[ROW_ID].to_numpy().astype(np.int64)
-        refused = np.array([reject.row_id for reject in rejects], np.int64)
-        order = np.sort(np.concatenate([lines, refused]))
-        places = total + np.searchsorted(order, lines)
-        typed, reasons = _inputs(table, wanted, known, location.name)
-        found = [RowError(int(places[row]), int(lines[row]), column, why) for row, (column, why) in reasons.items()]
-        for reject, place in zip(rejects, total + np.searchsorted(order, refused), strict=True):
-            found.append(RowError(int(place), reject.row_id, reject.column, reject.reason))
-        errors += sorted(found, key=lambda error: error.position)
-        good = np.ones(table.num_rows, bool)
-        good[list(reasons)] = False
-        arrays = {**typed, _LINE: pa.array(lines), _PLACE: pa.array(places, pa.int64())}
-        tables.append(pa.table(arrays).filter(pa.array(good)))
-        total += len(order)
-    every = pa.concat_tables(tables)
-    return FileRows(every.select(list(wanted)), every[_PLACE].to_numpy(), every[_LINE].to_numpy(), errors, total)
-
-
-def input_tables(path: Path, signature: Signature, transform: Transform) -> Iterator[tuple[pa.Table, int]]:
-    """A file in parts: its rows as the inputs of a model, a cell that is no value for its input as missing; and how
-    many rows could not be read at all.
-
-    Raises:
-        UserError: As `read_table`.
-    """
-    location = file_at(path)
-    wanted = {each.name: each for each in signature.inputs}
-    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
-    for table, rejects in _file_tables(location, wanted):
-        yield pa.table(_inputs(table, wanted, known, location.name)[0]), len(rejects)
-
-
-_LINE, _PLACE = "\0line", "\0place"
-
-
-def _file_tables(location: Location, wanted: dict[str, Input]) -> Iterator[tuple[pa.Table, list[Reject]]]:
-    """The file in parts: its columns among the inputs (CSV as text), row numbers or lines, and what was refused."""
-    members = zip_members(location) if location.compression == "zip" else [location]
-    for member in members:
-        if location.format == "parquet":
-            names, _, groups = arrow_read.footer(member)
-            present = _present(names, wanted, member)
-            first = 1
-            for group, (rows, _) in enumerate(groups):
-                yield items.numbered(arrow_read.read_group(member, group, present), first), []
-                first += rows
-            continue
-        heading = csv_read.heading(member)
-        if heading is None:
-            raise UserError("the file is empty", where=member.name, expected="a heading and rows")
-        present = _present(heading.columns, wanted, member)
-        for parsed in csv_read.read_stream(member, heading, csv_read.RANGE_BYTES):
-            table = pa.table({name: parsed.columns[name] for name in present})
-            yield table.append_column(ROW_ID, pa.array(parsed.lines, pa.uint64())), parsed.rejects
-
-
-def _present(names: list[str], wanted: dict[str, Input], location: Location) -> list[str]:
-    lacking = [name for name in wanted if name not in names]
-    if lacking:
-        near = difflib.get_close_matches(lacking[0], names, n=1)
-        raise UserError(
-            f"the file lacks the column {lacking[0]!r}",
-            where=location.name,
-            expected=f"the model's inputs: {', '.join(wanted)}",
-            found=", ".join(names[:40]),
-            fix=f"rename {near[0]!r}?" if near else "add the column",
-        )
-    return [name for name in wanted if name in names]
-
-
-def _inputs(
-    table: pa.Table, wanted: dict[str, Input], known: dict[str, pa.Array], where: str
-) -> tuple[dict[str, pa.Array], dict[int, tuple[str, str]]]:
-    """The inputs' columns, and for each row that can't be used the first column that stands in the way, and why."""
-    arrays: dict[str, pa.Array] = {}
-    reasons: dict[int, tuple[str, str]] = {}
-    rows = table[ROW_ID].to_numpy()
-    for name, each in wanted.items():
-        if name not in table.column_names:
-            arrays[name] = pa.nulls(table.num_rows, _kind(each))
-            continue
-        stored = arrow_read.stored(table[name], name, rows, False, where)[0]
-        if each.type == "number":
-            arrays[name], bad = _as_number(stored)
-            for row in np.flatnonzero(bad):
-                reasons.setdefault(int(row), (name, f"{table[name][int(row)].as_py()!r} is no finite number"))
-        elif each.type == "date":
-            texts = stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else canonical_text(stored)
-            arrays[name], bad = clean.dates_of(texts)
-            for row in np.flatnonzero(bad):
-                reasons.setdefault(int(row), (name, f"{texts[int(row)].as_py()!r} is no date"))
-        else:
-            arrays[name] = _as_category(stored, known.get(name))
-        if each.required:
-            for row in np.flatnonzero(pc.is_null(arrays[name]).to_numpy(zero_copy_only=False)):
-                reasons.setdefault(int(row), (name, "the cell is empty"))
-    return arrays, reasons
-
-
-def _kind(each: Input) -> pa.DataType:
-    return pa.float64() if each.type == "number" else pa.string()
-
-
-def _as_number(stored: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Float64, and which cells are neither missing nor a finite number."""
-    if pa.types.is_dictionary(stored.type):
-        numbers, bad = columns.as_numbers(stored, whole=False)
-    else:
-        numbers = pa.array(as_float64(stored), from_pandas=True)
-        bad = np.zeros(len(stored), bool)
-    return numbers, bad | np.isinf(numbers.to_numpy(zero_copy_only=False))
-
-
-def _as_category(stored: pa.Array, known: pa.Array | None) -> pa.Array:
-    """Canonical texts. A text that training knows is itself; where training knows numbers only, a number in another
-    spelling (1.0) is the known one (1) and a missing word is missing."""
-    if not pa.types.is_dictionary(stored.type) or known is None:
-        return canonical_text(stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else stored)
-    texts = stored.dictionary
-    if len(texts) and columns.numbers(known).is_number.all():
-        read = columns.numbers(texts)
-        canonical = canonical_text(pa.array(read.integers))
-        canonical = pc.if_else(pa.array(read.is_integer), canonical, canonical_text(pa.array(read.floats)))
-        canonical = pc.if_else(pa.array(read.is_number), canonical, texts)
-        is_word = pc.is_in(texts, pa.array(MISSING_WORDS))
-        canonical = pc.if_else(is_word, pa.scalar(None, pa.string()), canonical)
-        texts = pc.if_else(pc.is_in(texts, known), texts, canonical)
-    return texts.take(stored.indices)

@@ -1,0 +1,206 @@
+"""A source as the inputs of a model, each row for itself: for `raylway predict` and `raylway drift`.
+
+The same readers as preparation: whatever `data.source` takes, read as the run's job says (`data.read`). A row's values
+do not depend on the other rows; columns that are no input are not read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylway.data import arrow_read, clean, columns, csv_read, files, items, reading
+from raylway.data.columns import MISSING_WORDS
+from raylway.data.csv_read import Reject
+from raylway.data.items import ROW_ID, Item, Part, Reading
+from raylway.data.opening import Source, open_source
+from raylway.errors import UserError
+from raylway.features.schema import as_float64, canonical_text
+from raylway.features.signature import Input, Signature
+from raylway.features.transform import Transform
+from raylway.job.load import LoadedJob
+from raylway.job.schema import Job
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose headings and footers were read and have a column for each input."""
+
+    source: Source
+    """Its files have these columns at least; each may have more."""
+
+    @property
+    def files(self) -> list[str]:
+        """Names by the file index of the row ids."""
+        return self.source.files
+
+    @property
+    def size(self) -> int:
+        """Bytes; of a packed file about those unpacked."""
+        return self.source.size
+
+    def items(self, is_cut: bool) -> list[Item]:
+        """What to read, in the order of the rows.
+
+        Args:
+            is_cut: Cut large files, so that several processes can read one.
+        """
+        return items.grouped(reading.cut(self.source) if is_cut else self.source.parts, csv_read.RANGE_BYTES)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive rows of a source."""
+
+    table: pa.Table
+    """N rows that can be answered; the signature's inputs, number as float64, others as text, missing as null."""
+    row_ids: np.ndarray
+    """uint64 [N]"""
+    rejects: list[Reject]
+    """Rows that can't be read as the inputs, in the order of the file."""
+
+
+def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
+    """Find a source's files and see that each has the inputs; no rows are read.
+
+    Args:
+        source: File, glob, folder, or address, as in `data.source`; relative to the current folder.
+        signature: Of the model.
+        job: The run's, for how files are read (`data.read`).
+
+    Raises:
+        UserError: There is no such file, it can't be read, or it lacks the column of an input: of a misspelt heading
+            the whole column would be filled in silently.
+    """
+    job = job or Job.model_validate({"name": "none", "data": {"source": source, "target": signature.target}})
+    asked = job.model_copy(update={"data": job.data.model_copy(update={"source": source})})
+    loaded = LoadedJob(asked, Path("SOURCE"), {"data.source": source})
+    locations = files.locate(loaded)
+    names: list[str] = []
+    parts: list[Part] = []
+    for location in locations:
+        if not location.function and not location.size:
+            if len(locations) == 1:
+                raise UserError("the file is empty", where=location.name, expected="a heading and rows")
+            continue  # no heading and no rows, as in preparation
+        one = open_source(loaded, [location])
+        _require_inputs(one.columns, signature, one.files[0])
+        parts += [msgspec.structs.replace(part, file=len(names) + part.file) for part in one.parts]
+        names += one.files
+    return Opened(Source(locations[0].format, names, [each.name for each in signature.inputs], parts))
+
+
+def read(item: Item, signature: Signature, transform: Transform) -> Iterator[Block]:
+    """The rows of an item as the inputs of a model, in parts of some ten thousand rows.
+
+    Raises:
+        UserError: A file is damaged or a column is of a type that is not read.
+    """
+    for table, reasons, refused in _parts(item, signature, transform):
+        rows, inputs = table
+        bad = [Reject(int(rows[row]), *reason) for row, reason in sorted(reasons.items())]
+        good = np.ones(len(rows), bool)
+        good[list(reasons)] = False
+        rejects = sorted([*bad, *refused], key=lambda reject: reject.row_id)
+        yield Block(inputs.filter(pa.array(good)), rows[good], rejects)
+
+
+def tables(source: Opened, signature: Signature, transform: Transform) -> Iterator[tuple[pa.Table, int]]:
+    """A source in parts: its rows as the inputs of a model, a cell that is no value for its input as missing; and how
+    many rows could not be read at all."""
+    for item in source.items(is_cut=False):
+        for (_, inputs), _, refused in _parts(item, signature, transform):
+            yield inputs, len(refused)
+
+
+def _parts(
+    item: Item, signature: Signature, transform: Transform
+) -> Iterator[tuple[tuple[np.ndarray, pa.Table], dict[int, tuple[str, str, str]], list[Reject]]]:
+    """Row ids and inputs, the rows that can't be used, and those that could not be read."""
+    names = [each.name for each in signature.inputs]
+    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
+    how = Reading(names, [], csv_read.RANGE_BYTES, as_text=names)
+    for piece in items.read(item, how):
+        inputs, reasons = _inputs(piece.table, signature, known, item.parts[0].location.name)
+        yield (piece.table[ROW_ID].to_numpy(), inputs), reasons, piece.facts.rejects
+
+
+def _require_inputs(names: list[str], signature: Signature, where: str) -> None:
+    wanted = [each.name for each in signature.inputs]
+    lacking = [name for name in wanted if name not in names]
+    if lacking:
+        near = difflib.get_close_matches(lacking[0], names, n=1)
+        raise UserError(
+            f"the file lacks the column {lacking[0]!r}",
+            where=where,
+            expected=f"the model's inputs: {', '.join(wanted)}",
+            found=", ".join(names[:40]),
+            fix=f"rename {near[0]!r}?" if near else "add the column",
+        )
+
+
+def _inputs(
+    table: pa.Table, signature: Signature, known: dict[str, pa.Array], where: str
+) -> tuple[pa.Table, dict[int, tuple[str, str, str]]]:
+    """The inputs' columns, and for each row that can't be used the first column that stands in the way, why, and its
+    cell."""
+    arrays: dict[str, pa.Array] = {}
+    reasons: dict[int, tuple[str, str, str]] = {}
+    rows = table[ROW_ID].to_numpy()
+    for each in signature.inputs:
+        name, bad = each.name, np.zeros(table.num_rows, bool)
+        stored = arrow_read.stored(table[name], name, rows, False, where)[0]
+        if each.type == "number":
+            arrays[name], bad = _as_number(stored)
+        elif each.type == "date":
+            texts = stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else canonical_text(stored)
+            arrays[name], bad = clean.dates_of(texts)
+        else:
+            arrays[name] = _as_category(stored, known.get(name))
+        for row in np.flatnonzero(bad):
+            cell = str(table[name][int(row)].as_py())
+            reason = f"{cell!r} is no {'date' if each.type == 'date' else 'finite number'}"
+            reasons.setdefault(int(row), (name, reason, cell))
+        if each.required:
+            for row in np.flatnonzero(pc.is_null(arrays[name]).to_numpy(zero_copy_only=False)):
+                cell = table[name][int(row)].as_py()
+                reasons.setdefault(int(row), (name, "the cell is empty", "" if cell is None else str(cell)))
+    return pa.table(arrays) if arrays else table.select([]), reasons
+
+
+def _kind(each: Input) -> pa.DataType:
+    return pa.float64() if each.type == "number" else pa.string()
+
+
+def _as_number(stored: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Float64, and which cells are neither missing nor a finite number."""
+    if pa.types.is_dictionary(stored.type):
+        numbers, bad = columns.as_numbers(stored, whole=False)
+    else:
+        numbers = pa.array(as_float64(stored), from_pandas=True)
+        bad = np.zeros(len(stored), bool)
+    return numbers, bad | np.isinf(numbers.to_numpy(zero_copy_only=False))
+
+
+def _as_category(stored: pa.Array, known: pa.Array | None) -> pa.Array:
+    """Canonical texts. A text that training knows is itself; where training knows numbers only, a number in another
+    spelling (1.0) is the known one (1) and a missing word is missing."""
+    if not pa.types.is_dictionary(stored.type) or known is None:
+        return canonical_text(stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else stored)
+    texts = stored.dictionary
+    if len(texts) and columns.numbers(known).is_number.all():
+        read = columns.numbers(texts)
+        canonical = canonical_text(pa.array(read.integers))
+        canonical = pc.if_else(pa.array(read.is_integer), canonical, canonical_text(pa.array(read.floats)))
+        canonical = pc.if_else(pa.array(read.is_number), canonical, texts)
+        is_word = pc.is_in(texts, pa.array(MISSING_WORDS))
+        canonical = pc.if_else(is_word, pa.scalar(None, pa.string()), canonical)
+        texts = pc.if_else(pc.is_in(texts, known), texts, canonical)
+    return texts.take(stored.indices)

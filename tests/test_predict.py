@@ -1,0 +1,219 @@
+"""Batch prediction: every row answered or accounted for, the same in every format and on any number of workers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import environment, raylway
+from made import made
+from made_prepared import make, make_run
+
+from raylway.bundle.predictor import Predictor, shortest
+from raylway.data import csv_read
+from raylway.errors import UserError
+from raylway.job.load import load_job
+from raylway.predict import predict as predicting
+from raylway.predict.output import output_of
+from raylway.runs.progress import Reporter
+from raylway.runs.run import Run
+
+KINDS = {"length": "number", "colour": "category"}
+
+
+def rows(count: int, seed: int = 0) -> pd.DataFrame:
+    draw = np.random.default_rng(seed)
+    return pd.DataFrame({"length": draw.normal(10, 3, count), "colour": draw.choice(["red", "green"], count)})
+
+
+def typed(frame: pd.DataFrame) -> pa.Table:
+    return pa.table({"length": frame["length"].to_numpy(), "colour": pa.array(list(frame["colour"]), pa.string())})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("predict")
+    table = typed(rows(200))
+    table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
+    splits = {"train": table, "validation": table.slice(0, 2), "test": table.slice(2, 2)}
+    found = make_run(folder, make(folder / "prepared", splits, "ripe"))
+    made(table, "ripe", KINDS).stage(found.bundle)
+    return found
+
+
+def predict(
+    run: Run, source: Path | str, output: Path | str | None, wanted: str | None = None
+) -> predicting.Prediction:
+    place = output_of(None if output is None else str(output), wanted)
+    return predicting.predict(load_job(run.job), run.bundle, str(source), place, Reporter("lines"))
+
+
+def test_every_row_is_answered_in_order_with_its_id(run: Run, tmp_path: Path) -> None:
+    frame = rows(500, 1)
+    frame.assign(more="x")[["colour", "more", "length"]].to_csv(tmp_path / "new.csv", index=False)
+    done = predict(run, tmp_path / "new.csv", tmp_path / "answers.csv")
+    assert (done.answered, done.rejected) == (500, 0)
+    expected = Predictor(run.bundle).predict(typed(frame))
+    found = pd.read_csv(tmp_path / "answers.csv", dtype={"p_no": np.float32, "p_yes": np.float32})
+    assert list(found) == ["row_id", "file", "line", "prediction", "p_no", "p_yes"]
+    assert found["line"].tolist() == found["row_id"].tolist() == list(range(2, 502))
+    assert set(found["file"]) == {str(tmp_path / "new.csv")}
+    assert found["prediction"].tolist() == expected.labels
+    np.testing.assert_array_equal(found[["p_no", "p_yes"]].to_numpy(), expected.probabilities)
+    assert {path.name for path in tmp_path.iterdir()} == {"new.csv", "answers.csv"}
+
+
+BAD = "length,colour\n1,red\noops,red\n2,\n3,red,green\n,green\ninf,red\n4,blue\n"
+
+
+def test_rows_without_an_answer_are_listed_beside_the_answers(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text(BAD)
+    done = predict(run, tmp_path / "new.csv", tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    refused = [json.loads(line) for line in (tmp_path / "answers.jsonl.rejects.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in answers] == [2, 8]
+    assert [(row["line"], row["column"], row["cell"]) for row in refused] == [
+        (3, "length", "oops"), (4, "colour", ""), (5, None, "3,red,green"), (6, "length", ""), (7, "length", "inf"),
+    ]  # fmt: skip
+    assert "'oops' is no finite number" in refused[0]["reason"]
+    assert (done.answered, done.rejected) == (2, 5)
+    assert [row.line for row in done.first] == [row["line"] for row in refused]
+    (tmp_path / "new.csv").write_text("length,colour\n1,red\n")
+    predict(run, tmp_path / "new.csv", tmp_path / "answers.jsonl")
+    assert not (tmp_path / "answers.jsonl.rejects.jsonl").exists()
+
+
+def test_every_format_has_the_same_digits(run: Run, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    rows(300, 2).to_csv(tmp_path / "new.csv", index=False)
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        predict(run, tmp_path / "new.csv", tmp_path / name)
+    predict(run, tmp_path / "new.csv", None)
+    assert capfdbinary.readouterr().out == (tmp_path / "a.csv").read_bytes()
+    by_csv = [float(row["p_yes"]) for row in csv.DictReader((tmp_path / "a.csv").open())]
+    by_json = [json.loads(line)["p_yes"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    by_parquet = pq.read_table(tmp_path / "a.parquet")["p_yes"].to_numpy()
+    assert by_csv == by_json == shortest(by_parquet).tolist() == [float(str(value)) for value in by_parquet]
+
+
+def test_a_folder_of_several_formats_of_output(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    (tmp_path / "in").mkdir()
+    frame = rows(300, 3)
+    for place in range(3):
+        part = frame.iloc[place * 100 : place * 100 + 100]
+        part.to_csv(tmp_path / "in" / f"{place}.csv.gz", index=False)
+    (tmp_path / "in" / "empty.csv").write_bytes(b"")
+    (tmp_path / "in" / "z.csv").write_text("colour,length\nred,oops\n")
+    done = predict(run, tmp_path / "in", f"{tmp_path}/out/", "csv")
+    assert (done.answered, done.rejected) == (300, 1)
+    success = json.loads((tmp_path / "out" / "_SUCCESS").read_text())
+    assert (success["answered"], success["rejected"]) == (300, 1)
+    parts = [pd.read_csv(tmp_path / "out" / name) for name, _ in success["parts"]]
+    assert [len(part) for part in parts] == [count for _, count in success["parts"]]
+    found = pd.concat(parts)
+    assert found["row_id"].is_monotonic_increasing
+    assert found["line"].tolist() == [*range(2, 102)] * 3
+    expected = Predictor(run.bundle).predict(typed(frame))
+    assert found["prediction"].tolist() == expected.labels
+    (refused,) = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(refused)["file"].endswith("z.csv")
+    with pytest.raises(UserError, match="the folder is there already"):
+        predict(run, tmp_path / "in", f"{tmp_path}/out/")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_source_without_rows_gives_an_empty_answer(run: Run, tmp_path: Path, ending: str) -> None:
+    pq.ParquetWriter(tmp_path / "none.parquet", pa.schema({"length": pa.float64(), "colour": pa.string()})).close()
+    (tmp_path / "none.csv").write_text("length,colour\n")
+    for source in ("none.parquet", "none.csv"):
+        assert predict(run, tmp_path / source, tmp_path / f"answers.{ending}").answered == 0
+        content = (tmp_path / f"answers.{ending}").read_bytes()
+        if ending == "csv":
+            assert list(csv.reader([content.decode()])) == [["row_id", "file", "line", "prediction", "p_no", "p_yes"]]
+        elif ending == "parquet":
+            assert pq.read_schema(io.BytesIO(content)).names[-1] == "p_yes"
+        else:
+            assert content == b""
+
+
+MISTAKES = {
+    "lacks": ("colour\nred\n", "a.csv", None, "lacks the column 'length'"),
+    "misspelt": ("lenght,colour\n1,red\n", "a.csv", None, "rename 'lenght'"),
+    "empty": ("", "a.csv", None, "the file is empty"),
+    "ending": ("length,colour\n1,red\n", "a.xlsx", None, "can't be written in this format"),
+    "format": ("length,colour\n1,red\n", "a", "xlsx", "can't be written in this format"),
+    "place": ("length,colour\n1,red\n", "ftp://host/a.csv", None, "can't be written there"),
+    "under a file": ("length,colour\n1,red\n", "new.csv/a.csv", None, "the answers can't be written"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_and_nothing_is_written(
+    run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, output, wanted, words = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    Path("new.csv").write_text(content)
+    with pytest.raises(UserError, match=words):
+        predict(run, "new.csv", output, wanted)
+    assert [path.name for path in Path().iterdir()] == ["new.csv"]
+
+
+def test_ray_gives_the_same_bytes(run: Run, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 20_000)
+    text = rows(3_000, 4).to_csv(index=False) + "oops,red\n" + rows(500, 5).to_csv(index=False, header=False)
+    (tmp_path / "new.csv").write_text(text)
+    predict(run, tmp_path / "new.csv", tmp_path / "here.csv")
+    monkeypatch.setattr(predicting, "SMALL_BYTES", 0)
+    assert predict(run, tmp_path / "new.csv", tmp_path / "there.csv").rejected == 1
+    for ending in ("", ".rejects.jsonl"):
+        assert (tmp_path / f"here.csv{ending}").read_bytes() == (tmp_path / f"there.csv{ending}").read_bytes()
+    whole = (tmp_path / "new.csv").read_bytes()
+    with gzip.open(tmp_path / "cut.csv.gz", "wb") as file:
+        file.write(whole)
+    packed = (tmp_path / "cut.csv.gz").read_bytes()
+    (tmp_path / "cut.csv.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match="cut.csv.gz"):
+        predict(run, tmp_path / "cut.csv.gz", tmp_path / "cut.csv")
+    assert not (tmp_path / "cut.csv").exists()
+
+
+def test_the_command_and_its_exit_codes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text(BAD)
+    shown = raylway("predict", run.folder, "new.csv", folder=tmp_path)
+    assert shown.returncode == 1
+    assert [row["line"] for row in csv.DictReader(io.StringIO(shown.stdout))] == ["2", "8"]
+    assert "new.csv:3: length: 'oops' is no finite number" in shown.stderr
+    assert "5 of 7 rows got no answer" in shown.stderr
+    written = raylway("predict", run.folder, "new.csv", "-o", "a.parquet", folder=tmp_path)
+    assert written.returncode == 1
+    assert "2 rows answered: a.parquet" in written.stderr
+    assert "a.parquet.rejects.jsonl says why" in written.stderr
+
+
+def test_killed_it_leaves_nothing_under_the_final_name(run: Run, tmp_path: Path) -> None:
+    rows(700_000, 6).to_csv(tmp_path / "new.csv", index=False, float_format="%.6f")
+    command = [sys.executable, "-m", "raylway", "predict", str(run.folder), "new.csv", "-o", "answers.csv"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob(".staging-*/.*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("answers")]
+    (tmp_path / "new.csv").write_text("length,colour\n1,red\n")
+    assert raylway("predict", run.folder, "new.csv", "-o", "answers.csv", folder=tmp_path).returncode == 0
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 2
