@@ -110,3 +110,32 @@ def test_runs_and_report(folder: Path, run: Path) -> None:
     assert not re.search(r"(src|href)=[\"']?https?://", page)
     for words in ("336,776", "327,346", "9,430"):
         assert words in page
+
+
+def test_the_flights_raise_no_alarm_and_their_leak_test_passes(folder: Path) -> None:
+    assert "warning:" not in (folder / "run.log").read_text()
+    (manifest,) = (folder / "runs" / "prepared").glob("*/manifest.json")
+    found = json.loads(manifest.read_text())["leak_test"]
+    assert found["rows"] == found["compared"] == 327_346
+    assert not any(found[name] for name in ("unplaced", "row_ids_on_two_sides", "equal_rows_on_two_sides"))
+
+
+def test_drift_tells_the_same_flights_from_later_ones(folder: Path, raw: pd.DataFrame) -> None:
+    raw.drop(columns="line").sample(5_000, random_state=0).to_csv(folder / "same.csv", index=False)
+    same = raylway("drift", "latest", "same.csv", folder=folder)
+    assert same.returncode == 0, same.stdout + same.stderr
+    late = raw[raw.month == 7].drop(columns="line").assign(distance=lambda rows: rows.distance * 3, origin="XXX")
+    late.to_csv(folder / "late.csv", index=False)
+    shown = raylway("drift", "latest", "late.csv", "--json", folder=folder)
+    assert shown.returncode == 1, shown.stderr
+    drifted = {shift["name"] for shift in json.loads(shown.stdout)["shifts"] if shift["reasons"]}
+    assert {"month", "distance", "origin"} <= drifted
+    assert raylway("drift", "latest", "nothing.csv", folder=folder).returncode == 2
+
+
+def test_a_test_row_is_followed_from_its_line_to_its_prediction(folder: Path, run: Path, raw: pd.DataFrame) -> None:
+    answer = pq.read_table(run / "predictions.parquet").slice(17, 1).to_pylist()[0]
+    shown = json.loads(raylway("show", "latest", "--row", str(answer["row_id"]), "--json", folder=folder).stdout)
+    assert shown["side"] == "test" and shown["prediction"]["prediction"] == answer["prediction"]
+    source = raw.set_index("line").loc[shown["line"]]
+    assert (shown["record"]["carrier"], int(shown["record"]["distance"])) == (source.carrier, source.distance)

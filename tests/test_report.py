@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import made_prepared
 import msgspec
@@ -21,7 +22,7 @@ from sklearn import metrics as sk
 from raylway import storage
 from raylway.evaluate import baselines, metrics
 from raylway.evaluate.record import Evaluation
-from raylway.features.prepared import Prepared
+from raylway.features.prepared import LeakTest, Prepared
 from raylway.report import charts, curves, words
 from raylway.report.report import write
 from raylway.runs.run import Run
@@ -81,8 +82,7 @@ def log_training(run: Run, steps: int) -> None:
     ]
     lines += [{"kind": "validation", "step": steps, "val_loss": 0.25, "val_accuracy": 0.875}]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
-    with run.stage("prepare"):
-        pass
+    run.add_prepare(2.0, 4.5)
     with run.stage("train") as facts:
         facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001", plan={"global_batch": 4_096})
 
@@ -113,6 +113,13 @@ def log_evaluation(run: Run, prepared: Prepared, seed: int = 3) -> Evaluation:
     return evaluation
 
 
+def described(name: str, **what: Any) -> dict[str, Any]:
+    """A column of profile.json."""
+    plain = {"type": "float64", "role": "numeric", "why": "because", "rows": 436, "missing": 0, "distinct": 3}
+    plain |= {"distinct_is_exact": True, "minimum": None, "maximum": None, "mean": None, "infinite": 0}
+    return {"name": name, **plain, "examples": [], "frequent": {}, "histogram": [], **what}
+
+
 def page(run: Run, prepared: Prepared) -> Page:
     return Page(write(run, prepared).read_text(encoding="utf-8"))
 
@@ -124,8 +131,8 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.Monk
     bad = {"file": "rows.csv", "line": 17, "column": "x", "reason": "not a number", "cell": "12,5"}
     (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
     profile = [
-        {"name": "x", "type": "float64", "role": "numeric", "missing": 30, "distinct": None},
-        {"name": "answer", "type": "string", "role": "target", "missing": 0, "distinct": 2},
+        described("x", minimum=-1.5, maximum=2.0, mean=0.25, missing=30, distinct=400, histogram=[1, 0, 3]),
+        described("answer", type="string", role="target", distinct=2, frequent={"no": 300, "yes": 136}),
     ]
     (prepared.folder / "profile.json").write_text(json.dumps({"columns": profile}))
     monkeypatch.setattr("sys.argv", ["raylway", "run", "demo.yaml"])
@@ -135,12 +142,13 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.Monk
     with run.stage("bundle"):
         pass
     text = page(run, prepared).text
+    assert "start of Ray 4.5 s prepare 2.0 s" in text
     accuracy = evaluation.metrics["accuracy"]
     assert accuracy is not None
     assert f"rightly {accuracy:.1%} of the time" in text
     assert "read 436 = 400 + 30 + 4 + 2; kept 400 = 240 + 40 + 120; evaluated 120 = test 120. It adds up." in text
     assert "rows.csv:17 x not a number 12,5" in text
-    assert "x float64 numeric 30 (6.9%) –" in text
+    assert "x float64 numeric because 6.9% 30 400 -1.5000 to 2.0000 mean 0.2500" in text
     assert "raylway run demo.yaml" in text
     assert "name: demo seed: 7" in text
     for value in evaluation.metrics.values():
@@ -159,7 +167,7 @@ def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: 
     quarantine.mkdir()
     bad = {"file": "<b>.csv", "line": 1, "column": "<i>", "reason": "<u>", "cell": "</code><script>"}
     (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
-    column = {"name": "<script>", "type": "<b>", "role": "numeric", "missing": 0, "distinct": None}
+    column = described("<script>", type="<b>", role="<i>", examples=["<u>"], frequent={"<script>": 3})
     (prepared.folder / "profile.json").write_text(json.dumps({"columns": [column]}))
     run = made_prepared.make_run(tmp_path, prepared, storage="</pre><script>")
     log_training(run, 5)
@@ -169,6 +177,31 @@ def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: 
     assert HOSTILE in found.text
     assert "</code><script>" in found.text
     assert not [name for name, _ in found.attributes if name.startswith("on")]
+
+
+def test_the_leak_test_and_the_warnings_stand_where_they_are_seen(tmp_path: Path) -> None:
+    prepared = data(tmp_path, ["no", "yes"])
+    run = made_prepared.make_run(tmp_path, prepared)
+    good = LeakTest(400, 400, 0, 0, 0, groups_on_two_sides=0)
+    bad = LeakTest(5000, 400, 0, 2, 1, out_of_order=1)
+    prepared.manifest = msgspec.structs.replace(
+        prepared.manifest, leak_test=good, warnings=["column 'x' is <constant>"]
+    )
+    text = page(run, prepared).text
+    assert "The data gives 1 warning: see Columns" in text
+    assert "1 warning column 'x' is <constant>" in text
+    assert (
+        "✓ Read back from the shards, of 400 rows: no row stands on two sides, no kept row is in no shard, "
+        "no content of rows is on two sides and no group is on two sides" in text
+    )
+    assert "leak test failed" not in text
+    prepared.manifest = msgspec.structs.replace(prepared.manifest, leak_test=bad)
+    text = page(run, prepared).text
+    assert "The leak test failed: what was measured on the test rows can't be trusted." in text
+    assert (
+        "✗ Read back from the shards, of 5,000 rows (contents of 400 rows compared): 2 rows stand on two sides, "
+        "1 content of rows is on two sides and 1 side begins before an earlier one ends" in text
+    )
 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:

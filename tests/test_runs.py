@@ -144,8 +144,8 @@ def test_runs_are_found_by_what_people_type(tmp_path: Path) -> None:
 
 def test_stages_are_recorded(tmp_path: Path) -> None:
     run = make_run(tmp_path, "flights", "abc123")
-    run.add_prepare(2.5)
-    run.add_prepare(0.1)
+    run.add_prepare(2.5, 4.0)
+    run.add_prepare(0.1, 3.0)
     with run.stage("train") as facts:
         facts["best_step"] = 7
     with pytest.raises(RunFailed), run.stage("evaluate"):
@@ -153,6 +153,7 @@ def test_stages_are_recorded(tmp_path: Path) -> None:
     assert run.record.stages["prepare"].elapsed_s == 2.5
     assert run.is_done("train")
     assert not run.is_done("evaluate")
+    assert run.record.stages["prepare"].facts == {"ray_s": 4.0}
     assert run.record.stages["train"].facts == {"best_step": 7}
     assert summary(run)["status"] == "evaluate failed"
     events = [json.loads(line)["event"] for line in run.events.read_text().splitlines()]

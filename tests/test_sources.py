@@ -15,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from raylway.data import clean as clean_rows
 from raylway.data import csv_read, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
 from raylway.features.signature import Input, Signature
@@ -50,7 +49,7 @@ def test_a_small_source_is_judged_exactly_and_without_ray_or_torch(tmp_path):
     assert (found.numeric, found.categorical) == (["size"], ["colour", "note"])
     by_name = {column.name: column for column in found.columns}
     assert [column.type for column in found.columns] == ["int64", "float64", "string", "string", "string"]
-    assert by_name["colour"].distinct == 3 and by_name["sold"].role == "target" and by_name["id"].role == "unused"
+    assert by_name["colour"].distinct == 3 and by_name["sold"].role == "target" and by_name["id"].role == "dropped"
     script = f"""
         import sys
         from pathlib import Path
@@ -205,8 +204,12 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         piece, _ = items.read_head(source.parts[0], reading)
         types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
         rules = outcome.rules_of(loaded, names, types)
-        assessed = [clean_rows.assess(piece, rules)]
-        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, assessed)
+        one, rows, _ = outcome.found_of(piece, rules, outcome.ordering_of(loaded, source))
+
+        def count(divided, codes):
+            return [outcome.counted(rows, one, codes[0], divided, divided.exceptions)]
+
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, [one], [rows], count)
         return [each.name for each in found.signature.inputs if not each.required]
 
     assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]

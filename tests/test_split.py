@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -46,18 +45,6 @@ def test_rows_are_equal_exactly_when_their_hashes_are(rows):
     for row, digest in zip(rows, hashes, strict=True):
         for other, other_digest in zip(rows, hashes, strict=True):
             assert (row == other) == (digest == other_digest)
-
-
-@given(ROWS)
-@settings(max_examples=100, deadline=None)
-def test_the_first_of_equal_rows_stays_as_in_pandas(rows):
-    kept = split.first_of_equal(hash_rows(table_of(rows))[0])
-    assert kept.tolist() == (~pd.DataFrame(rows, dtype=object).duplicated()).tolist()
-
-
-def test_rows_that_share_only_half_a_hash_are_not_equal():
-    hashes = np.array([[7, 1], [7, 2], [7, 1], [8, 1], [7, 2]], np.uint64)
-    assert split.first_of_equal(hashes).tolist() == [True, True, False, True, False]
 
 
 def test_hashes_are_the_same_on_every_machine_and_version():
@@ -118,26 +105,6 @@ def test_class_counts_are_those_of_scikit_learn(seed):
     for_test, _ = split.counts(sizes, Shares(0.0, 0.2))
     _, held_out = train_test_split(codes, test_size=0.2, stratify=codes, random_state=seed)
     assert np.abs(for_test - np.bincount(held_out)).max() <= 1 and for_test.sum() == len(held_out)
-
-
-def test_the_division_follows_the_rows_and_not_their_order():
-    hashes, codes = some(500, 3)
-    sides = split.divide(hashes, codes, Shares(0.1, 0.2), seed=1)
-    order = np.random.default_rng(5).permutation(500)
-    assert (split.divide(hashes[order], codes[order], Shares(0.1, 0.2), seed=1) == sides[order]).all()
-    assert (split.divide(hashes, codes, Shares(0.1, 0.2), seed=2) != sides).any()
-    assert np.bincount(sides, minlength=4).tolist() == [0, 350, 50, 100]
-
-
-@given(st.lists(st.integers(0, 15), min_size=4, max_size=80), st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
-def test_equal_rows_never_straddle(numbers, seed):
-    hashes = hash_rows(pa.table({"x": pa.array(numbers)}))[0]
-    sides = split.divide(hashes, np.zeros(len(numbers), np.int32), Shares(0.2, 0.3), seed)
-    by_number: dict[int, set[int]] = {}
-    for number, side in zip(numbers, sides.tolist(), strict=True):
-        by_number.setdefault(number, set()).add(side)
-    assert all(len(found) == 1 for found in by_number.values())
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 4_095, 4_096, 50_000])

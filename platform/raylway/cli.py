@@ -43,13 +43,18 @@ def run(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
 
 
 @app.command()
-def check(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
+def check(
+    job: JobFile,
+    set_: Overrides = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Each column with its range, examples and why.")] = False,
+    json_: Json = False,
+) -> None:
     """Check a job file and show every inferred and derived value; starts nothing."""
     from raylway.job.load import load_job
     from raylway.launch.check import check as check_job
 
     findings = check_job(load_job(job, set_ or ()))
-    print(json.dumps(findings.as_dict()) if json_ else findings.as_text())
+    print(json.dumps(findings.as_dict()) if json_ else findings.as_text(whole_report=sample))
 
 
 @app.command()
@@ -119,6 +124,57 @@ def predict(
 
 
 @app.command()
+def drift(
+    run: RunName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="New rows: CSV (.gz, .zip) or Parquet.")],
+    storage: Storage = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Compare a file with the rows that a run's model was trained on; exits 1 past the stated limits."""
+    from raylway.bundle.contents import load
+    from raylway.data.drift import as_text
+    from raylway.data.drift import drift as compare
+    from raylway.runs.run import find_run
+
+    found = compare(load(find_run(storage, run, with_bundle=True).bundle).record, file)
+    print(_as_json(found) if json_ else as_text(found))
+    if found.is_past_limits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quarantine(
+    run: RunName,
+    limit: Annotated[int, typer.Option(min=0, help="List so many rows of each kind; all are counted.")] = 20,
+    storage: Storage = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Count and list the rows that were set aside, with file, line, column, reason and cell; RUN may be a job file."""
+    from raylway.data import trace
+
+    prepared = _prepared_of(run, storage)[0]
+    found = trace.quarantined(prepared.folder, limit)
+    print(_as_json(found) if json_ else trace.quarantine_text(found, prepared.manifest.account.missing))
+
+
+@app.command()
+def show(
+    run: RunName,
+    row: Annotated[str, typer.Option("--row", metavar="ID", help="A row id, or file:line.")],
+    storage: Storage = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Follow one row: its record in the source, what became of it, its encoded values, and its prediction."""
+    import dataclasses
+
+    from raylway.data import trace
+
+    prepared, loaded, predictions = _prepared_of(run, storage)
+    found = trace.trace(prepared, loaded, row, predictions)
+    print(_as_json(dataclasses.asdict(found)) if json_ else trace.as_text(found))
+
+
+@app.command()
 def serve(
     run: RunName,
     storage: Storage = Path("runs"),
@@ -153,6 +209,32 @@ def schema() -> None:
     from raylway.job.schema import Job
 
     print(json.dumps(Job.model_json_schema(by_alias=True), indent=2))
+
+
+def _as_json(found: Any) -> str:
+    import msgspec
+
+    return json.dumps(json.loads(msgspec.json.encode(found)))
+
+
+def _prepared_of(name: str, storage: Path) -> tuple[Any, Any, Path | None]:
+    """The prepared data behind a run or a job file, the job, and the run's predictions if it is a run."""
+    from raylway.data.prepare import fingerprint
+    from raylway.features.prepared import MANIFEST, Prepared
+    from raylway.job.load import load_job
+    from raylway.runs.run import PREPARED, find_run
+
+    predictions = None
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        loaded = load_job(Path(name), ())
+        folder = Path(loaded.job.storage) / PREPARED / fingerprint(loaded)
+    else:
+        found = find_run(storage, name)
+        loaded, predictions = load_job(found.job), found.predictions
+        folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
+    if not (folder / MANIFEST).exists():
+        raise UserError("the prepared data is not there", where=str(folder), fix="make it with: raylway prepare JOB")
+    return Prepared(folder), loaded, predictions
 
 
 def _version(wanted: bool) -> None:

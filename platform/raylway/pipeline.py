@@ -46,7 +46,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     """
     root = storage.prepare_root(loaded.job.storage)
     wanted = STAGES[: STAGES.index(last) + 1]
-    fingerprint = data_prepare.fingerprint(loaded)
+    fingerprint = data_prepare.fingerprint(loaded, root)
     found = Run(root / loaded.job.name / _id(loaded, fingerprint))
     if _is_finished(found, wanted, root / PREPARED / fingerprint):
         reporter.note(f"{loaded.job.name}: run {found.folder.name} is finished; nothing to do. Results: {found.folder}")
@@ -55,7 +55,9 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     from raylway.launch.check import check
 
     check(loaded)
-    with start.connect(reporter, loaded.import_paths, ahead=("torch",)) as capacity:
+    ahead = ("ray.data",) if last == "prepare" else ("ray.data", "torch")
+    began_at = time.monotonic()
+    with start.connect(reporter, loaded.import_paths, ahead) as capacity:
         capacity.require_shared(root)
         started_at = time.monotonic()
         prepared = data_prepare.prepare(loaded, root, reporter)
@@ -63,7 +65,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
             return None
         found.create(loaded, fingerprint)
         with _only_one(found):
-            found.add_prepare(time.monotonic() - started_at)
+            found.add_prepare(time.monotonic() - started_at, started_at - began_at)
             work = Work(loaded, found, prepared, capacity, reporter, last)
             for stage in wanted[1:]:
                 if not found.is_done(stage):

@@ -57,6 +57,7 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
             files=[],
             provenance=Provenance(run.id, run.created_at, run.fingerprint, run.seed, run.commit, run.versions),
             metrics={},
+            profile=prepared.profile,
         )
         examples.write(made, Predictor(Bundle(made, record)))
         record = msgspec.structs.replace(record, files=contents.listed(made))

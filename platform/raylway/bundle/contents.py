@@ -20,6 +20,7 @@ import xxhash
 
 from raylway import storage
 from raylway.errors import UserError
+from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 from raylway.models.registry import ModelSpec
@@ -71,6 +72,8 @@ class BundleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     provenance: Provenance
     metrics: dict[str, Any]
     """The evaluation on the test rows; empty while the bundle is staged."""
+    profile: Profile | None = None
+    """What the training rows look like; None in bundles of prepared data without one."""
 
 
 @dataclass(frozen=True)

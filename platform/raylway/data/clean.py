@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from raylway.data import columns
 from raylway.data.csv_read import Reject
+from raylway.data.describe import Described, describe
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import FEW_CLASSES
 from raylway.data.rowhash import hash_rows
@@ -33,6 +34,10 @@ class Rules(msgspec.Struct, frozen=True):
     target: str
     target_sources: list[str]
     """Source columns that the target is or derives from."""
+    needed: list[str]
+    """Columns that every row needs although it may miss others: the split's."""
+    unhashed: list[str]
+    """Source columns in which equal rows may differ: the one that says the side."""
     unused: list[str]
     """Derived columns whose missing values do not matter."""
     drop_missing: bool
@@ -65,6 +70,8 @@ class Assessed(msgspec.Struct, frozen=True):
     derived_types: dict[str, str]
     texts: dict[str, bytes]
     """By column of text: uint64, the smallest hashes of its different values (`SKETCH` of them at most)."""
+    described: Described
+    """Source and derived columns over all rows of the piece that are not invalid."""
 
 
 def assess(piece: Piece, rules: Rules) -> Assessed:
@@ -85,11 +92,11 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     counts = {name: int(mask.sum()) for name, mask in empty.items()}
     missing = np.zeros(table.num_rows, bool)
     for name, mask in empty.items():
-        matters = name == rules.target or name in rules.target_sources
+        matters = name == rules.target or name in rules.target_sources or name in rules.needed
         if matters or (rules.drop_missing and name not in rules.unused):
             missing |= mask
     usable = valid & ~missing
-    hashes, texts = hash_rows(table.filter(pa.array(usable)))
+    hashes, texts = hash_rows(table.drop_columns(rules.unhashed).filter(pa.array(usable)))
     values, codes, whole = _values(full[rules.target].filter(pa.array(usable)), rules)
     return Assessed(
         item=piece.facts.item,
@@ -106,7 +113,20 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
         whole=whole,
         derived_types={name: type_name(full.schema.field(name).type) for name in rules.derive},
         texts={name: np.unique(words)[:SKETCH].tobytes() for name, words in texts.items()},
+        described=_described(piece, full, valid),
     )
+
+
+def _described(piece: Piece, full: pa.Table, valid: np.ndarray) -> Described:
+    """The columns over all rows that are not invalid. Texts are taken as the piece holds them, dictionary-encoded: they
+    need not be encoded again."""
+    arrays = {name: full[name] for name in full.column_names}
+    for name in piece.table.column_names:
+        if name in arrays and pa.types.is_string(arrays[name].type):
+            stored = piece.table[name]
+            arrays[name] = stored if pa.types.is_dictionary(stored.type) else arrays[name]
+    table = pa.table(arrays)
+    return describe(table if valid.all() else table.filter(pa.array(valid)))
 
 
 def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -> pa.Table:

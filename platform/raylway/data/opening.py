@@ -12,6 +12,7 @@ from raylway.data.decide import Places
 from raylway.data.files import Format, Location, call, locate, zip_members
 from raylway.data.items import Group, Part, Slice, Stream
 from raylway.errors import UserError
+from raylway.features.prepared import SPLITS
 from raylway.job.load import LoadedJob
 
 
@@ -34,17 +35,30 @@ class Source:
         return Places(self.files, self.format == "csv")
 
     @property
+    def sides(self) -> list[int]:
+        """The side of each file (`split`); empty unless the job names files for each side."""
+        sides = [0] * len(self.files)
+        for part in self.parts:
+            if part.location.side:
+                sides[part.file] = SPLITS.index(part.location.side) + 1
+        return sides if any(sides) else []
+
+    @property
     def size(self) -> int:
         return sum(part.size for part in self.parts)
 
 
-def open_source(loaded: LoadedJob) -> Source:
+def open_source(loaded: LoadedJob, locations: list[Location] | None = None) -> Source:
     """Find the job's source and read what its files say about their columns.
+
+    Args:
+        loaded: The job.
+        locations: Its files in the order of the row ids; looked for and sorted by name if left out.
 
     Raises:
         UserError: The source can't be read, its files have different columns, or it has none.
     """
-    locations = locate(loaded)
+    locations = locations or locate(loaded)
     where = loaded.location("data.source")
     kind = locations[0].format
     if kind == "python":

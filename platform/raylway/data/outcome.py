@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
+import pyarrow as pa
 
-from raylway.data import split
-from raylway.data.clean import Assessed, Rules, distinct
+from raylway.data import describe, division, ordering, split
+from raylway.data.clean import Assessed, Rules, assess, distinct
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
+from raylway.data.describe import Described
+from raylway.data.division import Division, Exceptions, Plan, Told
+from raylway.data.items import ROW_ID, Piece
 from raylway.data.opening import Source, no_rows
+from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
+from raylway.data.warnings import Subject
 from raylway.errors import UserError
-from raylway.features.prepared import SPLITS, Account, SplitName
+from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
 from raylway.job.load import LoadedJob
+
+_SHOWN = 4
+"""Rejected rows of a piece that a message may name."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,15 @@ class Outcome:
     signature: Signature
     account: Account
     by_class: dict[SplitName, list[int]]
-    sides: list[np.ndarray]
-    """By piece: int8 [rows of the piece], the side of each row (`split`)."""
+    division: Division
+    per_piece: list[np.ndarray]
+    """By piece: rows by side (`split`) and class, int64 [4, classes]."""
+    types: dict[str, str]
     distinct: dict[str, int]
     """Different values of each column of text."""
-    rejects: list[Reject]
     sentences: list[str]
+    described: Described
+    """All columns over all rows that could be read."""
 
 
 def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
@@ -49,12 +63,15 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
     if loaded.job.task == "regression":
         classes = "none"
     hidden = [name for name in names.derive if name in names.drop and name not in names.target_sources]
+    says_side = loaded.job.data.split.by == "column"
     return Rules(
         types=types.of,
         derive=names.derive,
         places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
         target=names.target,
         target_sources=sorted(names.target_sources),
+        needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
+        unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
         unused=hidden,
         drop_missing=clean.missing == "drop",
         infinite_is_missing=clean.infinite == "missing",
@@ -62,8 +79,57 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
     )
 
 
+class Found(msgspec.Struct, frozen=True):
+    """What became of one piece's rows, without anything that grows with them."""
+
+    assessed: Assessed
+    """Its row arrays are empty; of the rejects the first few."""
+    usable: int
+    invalid: int
+    refused: Reject | None
+    """The first row whose split column has no place in the split."""
+    first: int
+    """Row id of the piece's first row; 0 if it has none."""
+    last: int
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """Rows of a piece by side and class, int64 [4, classes or 1]."""
+
+    rows: int
+    counts: list[list[int]]
+
+
+def found_of(piece: Piece, rules: Rules, order: Ordering) -> tuple[Found, pa.Table, list[Reject]]:
+    """Assess a piece: what became of its rows, the usable ones in order (`ordering`), and the invalid ones.
+
+    Raises:
+        UserError: A derived column's expression does not fit its columns.
+    """
+    full = assess(piece, rules)
+    table, refused = ordering.ordered(piece, full, rules, order)
+    ids = piece.table[ROW_ID]
+    rows = len(ids)
+    slim = msgspec.structs.replace(full, usable=b"", hashes=b"", codes=b"", rejects=full.rejects[:_SHOWN])
+    ends = (ids[0].as_py(), ids[rows - 1].as_py()) if rows else (0, 0)
+    return Found(slim, table.num_rows, len(full.rejects), refused.reject, *ends), table, full.rejects
+
+
+def ordering_of(loaded: LoadedJob, source: Source) -> Ordering:
+    """What decides the side of a row."""
+    return ordering.ordering_of(loaded.job.data.split, loaded.job.seed, source.sides)
+
+
 def conclude(
-    loaded: LoadedJob, source: Source, names: Names, rules: Rules, seen: dict[str, Seen], pieces: list[Assessed]
+    loaded: LoadedJob,
+    source: Source,
+    names: Names,
+    rules: Rules,
+    seen: dict[str, Seen],
+    found: list[Found],
+    tables: list[pa.Table],
+    count: Callable[[Division, list[list[int]]], list[Counted]],
+    past: list[Generation] | None = None,
 ) -> Outcome:
     """Decide over all rows.
 
@@ -73,36 +139,45 @@ def conclude(
         names: Its names.
         rules: What the pieces were held to.
         seen: What the whole data holds, by column.
-        pieces: All of them, in order.
+        found: By piece, all of them, in order.
+        tables: By piece (`ordering.ordered`).
+        count: Counts the rows of every piece once the division is known and the class codes of each piece.
+        past: The generations that this data continues.
 
     Raises:
         UserError: Too many rows are invalid, none is left, the target does not fit the task, or a class is too small.
     """
-    rejects = _allowed_rejects(loaded, source, pieces)
-    usable = [np.frombuffer(piece.usable, bool) for piece in pieces]
-    rows = sum(int(mask.sum()) for mask in usable)
+    quarantined = _allow_rejects(loaded, source, found)
+    rows = sum(each.usable for each in found)
     if not rows:
-        raise _nothing_left(loaded, source, pieces)
-    types = rules.types | pieces[0].derived_types
-    task, why, classes, codes = _target(loaded, names, types, pieces, rows)
-    kept, approximate = _sides(loaded, task, names, classes, codes, pieces)
-    per_side = {name: int((kept == side).sum()) for side, name in enumerate(SPLITS, 1)}
+        raise _nothing_left(loaded, source, found)
+    types = rules.types | found[0].assessed.derived_types
+    order = ordering_of(loaded, source)
+    _check_split(loaded, source, types, order, found)
+    task, why, classes = _target(loaded, names, types, found, rows)
+    position = {name: index for index, name in enumerate(classes)}
+    codes = [[position[value] for value in each.assessed.values] if classes else [] for each in found]
+    divided, told = _divided(loaded, task, names, classes, order, tables, codes, past or [], len(source.files))
+    per_piece = [np.array(each.counts, np.int64) for each in count(divided, codes)]
+    totals = np.sum(per_piece, axis=0)
+    per_side = {name: int(totals[side].sum()) for side, name in enumerate(SPLITS, 1)}
+    if not per_side["train"]:
+        raise _nothing_to_train_on(loaded, order)
     account = Account(
-        read=sum(piece.read for piece in pieces),
-        kept=sum(per_side.values()),
-        missing=sum(piece.missing for piece in pieces),
-        duplicates=rows - sum(per_side.values()),
-        quarantined=len(rejects),
+        read=sum(each.assessed.read for each in found),
+        kept=told.kept,
+        missing=sum(each.assessed.missing for each in found),
+        duplicates=rows - told.kept,
+        quarantined=quarantined,
         **per_side,
     )
     by_class: dict[SplitName, list[int]] = {
-        name: np.bincount(codes[kept == side], minlength=len(classes)).tolist() if classes else []
-        for side, name in enumerate(SPLITS, 1)
+        name: totals[side].tolist() if classes else [] for side, name in enumerate(SPLITS, 1)
     }
-    different = _distinct(types, pieces)
-    empty = _empty(seen)
+    different = _distinct(types, [each.assessed for each in found])
+    empty = empty_columns(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class) + approximate
+    sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class)
     return Outcome(
         task,
         classes,
@@ -110,11 +185,23 @@ def conclude(
         signature(names, roles, types, task, classes, required=rules.drop_missing),
         account,
         by_class,
-        _by_piece(usable, kept),
+        divided,
+        per_piece,
+        types,
         different,
-        rejects,
-        sentences,
+        sentences + _about_split(order, told, past or []),
+        describe.merged(each.assessed.described for each in found),
     )
+
+
+def counted(table: pa.Table, found: Found, codes: list[int], divided: Division, exceptions: Exceptions) -> Counted:
+    """The rows of one piece by side and class."""
+    own = np.array(codes, np.int32)
+    sides = division.sides(table, own, divided, exceptions)
+    classes = max(1, len(divided.classes))
+    code = own[table["code"].to_numpy()] if codes else np.zeros(len(sides), np.int32)
+    counts = np.bincount(sides.astype(np.int64) * classes + code, minlength=4 * classes).reshape(4, classes)
+    return Counted(found.assessed.rows, counts.tolist())
 
 
 @dataclass(frozen=True)
@@ -127,21 +214,38 @@ class Preview:
     distinct: dict[str, int]
     usable: int
     sentences: list[str]
+    described: Described
 
 
-def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen], pieces: list[Assessed]) -> Preview:
+def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen], found: list[Found]) -> Preview:
     """As `conclude`, from some rows, raising only what further rows can't mend.
 
     Raises:
         UserError: The target does not fit the task, or no feature is left.
     """
-    rows = sum(int(np.frombuffer(piece.usable, bool).sum()) for piece in pieces)
-    types = rules.types | pieces[0].derived_types
-    task, why, classes, _ = _target(loaded, names, types, pieces, rows, whole_data=False)
-    different = _distinct(types, pieces)
-    empty = _empty(seen)
+    rows = sum(each.usable for each in found)
+    types = rules.types | found[0].assessed.derived_types
+    task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
+    different = _distinct(types, [each.assessed for each in found])
+    empty = empty_columns(seen)
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
-    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences)
+    described = describe.merged(each.assessed.described for each in found)
+    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
+
+
+def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:
+    """What `warnings` looks at; of a part of the data the sides of the split are not known, so no class is counted."""
+    by = loaded.job.data.split.by
+    return Subject(
+        found.described.columns,
+        found.roles.numeric,
+        found.roles.categorical,
+        names.target,
+        found.task,
+        dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
+        ("class" if found.classes else "chance") if by == "auto" else by,
+        names.drop,
+    )
 
 
 def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:
@@ -164,14 +268,15 @@ def types_of(loaded: LoadedJob, names: Names, seen: dict[str, Seen], places: Pla
     return decide(seen, numeric, loaded.job.data.clean, places)
 
 
-def _allowed_rejects(loaded: LoadedJob, source: Source, pieces: list[Assessed]) -> list[Reject]:
-    """The rejected rows in order, if the job lets so many pass."""
-    rejects = [reject for piece in pieces for reject in piece.rejects]
-    read = sum(piece.read for piece in pieces)
+def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int:
+    """How many rows are invalid, if the job lets so many pass."""
+    rejects = [reject for each in found for reject in each.assessed.rejects]
+    read = sum(each.assessed.read for each in found)
+    invalid = sum(each.invalid for each in found)
     if not read:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
     clean = loaded.job.data.clean
-    if rejects and (clean.invalid == "error" or len(rejects) > clean.max_invalid * read):
+    if rejects and (clean.invalid == "error" or invalid > clean.max_invalid * read):
         first = rejects[0]
         limit = "none" if clean.invalid == "error" else f"at most {100 * clean.max_invalid:.4g}% of the rows"
         column = f"column {first.column!r}: " if first.column else ""
@@ -180,18 +285,18 @@ def _allowed_rejects(loaded: LoadedJob, source: Source, pieces: list[Assessed]) 
             f"{column}{first.reason}",
             where=source.places.of(first.row_id),
             expected=f"invalid rows: {limit}",
-            found=f"{len(rejects)} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
+            found=f"{invalid} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
             fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid",
         )
-    return rejects
+    return invalid
 
 
-def _nothing_left(loaded: LoadedJob, source: Source, pieces: list[Assessed]) -> UserError:
+def _nothing_left(loaded: LoadedJob, source: Source, found: list[Found]) -> UserError:
     empty: Counter[str] = Counter()
-    for piece in pieces:
-        empty.update(piece.missing_by)
+    for each in found:
+        empty.update(each.assessed.missing_by)
     most = ", ".join(f"{name} ({count})" for name, count in empty.most_common(3))
-    read = sum(piece.read for piece in pieces)
+    read = sum(each.assessed.read for each in found)
     imputes = loaded.job.data.clean.missing == "impute"
     return UserError(
         "no row is left to train on: each misses a cell or is invalid",
@@ -204,17 +309,18 @@ def _nothing_left(loaded: LoadedJob, source: Source, pieces: list[Assessed]) -> 
 
 
 def _target(
-    loaded: LoadedJob, names: Names, types: dict[str, str], pieces: list[Assessed], rows: int, whole_data: bool = True
-) -> tuple[Task, str, list[str], np.ndarray]:
-    """Task, the sentence about it, classes, and the class code of each usable row (int32)."""
+    loaded: LoadedJob, names: Names, types: dict[str, str], found: list[Found], rows: int, whole_data: bool = True
+) -> tuple[Task, str, list[str]]:
+    """Task, the sentence about it, and the classes."""
+    pieces = [each.assessed for each in found]
     known = {value for piece in pieces for value in piece.values}
-    named = all(piece.values or not piece.hashes for piece in pieces)
+    named = all(each.assessed.values or not each.usable for each in found)
     whole = all(piece.whole for piece in pieces)
     task, why = infer_task(loaded.job.task, types[names.target], whole, len(known) if named else FEW_CLASSES + 1, rows)
     if task == "regression":
         if types[names.target] == "string":
             raise _text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
-        return task, why, [], np.zeros(rows, np.int32)
+        return task, why, []
     classes = sorted_names(known)
     if len(classes) < 2 and whole_data:
         raise UserError(
@@ -224,45 +330,20 @@ def _target(
             found=f"{classes[0]!r} in all of {rows} rows",
             fix="choose another target or data that holds the other classes",
         )
-    position = {name: index for index, name in enumerate(classes)}
-    codes = [
-        np.array([position[value] for value in piece.values], np.int32)[np.frombuffer(piece.codes, np.int32)]
-        for piece in pieces
-        if piece.values
-    ]
-    return task, why, classes, np.concatenate(codes) if codes else np.zeros(0, np.int32)
+    return task, why, classes
 
 
-def _sides(
-    loaded: LoadedJob, task: Task, names: Names, classes: list[str], codes: np.ndarray, pieces: list[Assessed]
-) -> tuple[np.ndarray, list[str]]:
-    """The side of each usable row (int8, `split`; left out: a duplicate), and a sentence if counts are approximate."""
-    hashes = np.concatenate([np.frombuffer(piece.hashes, np.uint64).reshape(-1, 2) for piece in pieces])
-    keep = split.first_of_equal(hashes)
-    approximate = []
-    if loaded.job.data.clean.duplicates == "keep" and not keep.all():
-        approximate = ["equal rows are kept on one side, so the numbers of rows of a side are approximate"]
-        keep[:] = True
-    strata = _strata(loaded, task, names, classes, codes[keep])
-    shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
-    if len(strata) < 1 + shares.held_out:
-        raise UserError(
-            f"{len(strata)} rows can't be divided into training, validation and test rows",
-            where=loaded.location("data.split"),
-            fix="give more rows, or set validation or test to 0%",
-        )
-    sides = np.zeros(len(hashes), np.int8)
-    sides[keep] = split.divide(hashes[keep], strata, shares, loaded.job.seed)
-    if not (sides == split.TRAIN).any():
-        raise UserError(
-            "no row is left to train on: equal rows are kept and all fall on the other sides of the split",
-            where=loaded.location("data.split"),
-            fix="set data.clean.duplicates: drop, or give validation and test smaller shares",
-        )
-    return sides, approximate
-
-
-def _strata(loaded: LoadedJob, task: Task, names: Names, classes: list[str], codes: np.ndarray) -> np.ndarray:
+def _divided(
+    loaded: LoadedJob,
+    task: Task,
+    names: Names,
+    classes: list[str],
+    order: Ordering,
+    tables: list[pa.Table],
+    codes: list[list[int]],
+    past: list[Generation],
+    files: int,
+) -> tuple[Division, Told]:
     by = loaded.job.data.split.by
     if by == "stratified" and task == "regression":
         raise UserError(
@@ -271,11 +352,30 @@ def _strata(loaded: LoadedJob, task: Task, names: Names, classes: list[str], cod
             found=f"the task is regression on {names.target!r}",
             fix="write data.split.by: random",
         )
-    if by == "random" or task == "regression":
-        return np.zeros(len(codes), np.int32)
-    sizes = np.bincount(codes, minlength=len(classes))
+    by_class = order.by == "rows" and by != "random" and task == "classification"
     shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
-    least = 2 if shares.held_out else 1
+
+    def sizes_fit(sizes: np.ndarray) -> None:
+        if by_class:
+            _refuse_small(loaded, names, classes, sizes, 2 if shares.held_out else 1)
+        if not order.is_given and not order.has_units and int(sizes.sum()) < 1 + shares.held_out:
+            raise split.too_few(int(sizes.sum()), "rows", loaded.location("data.split"))
+
+    plan = Plan(
+        order,
+        classes if by_class else [""],
+        by_class,
+        classes,
+        shares,
+        loaded.job.data.clean.duplicates == "keep",
+        past,
+        files,
+        loaded.location("data.split"),
+    )
+    return division.divide(tables, [np.array(each, np.int32) for each in codes], plan, sizes_fit)
+
+
+def _refuse_small(loaded: LoadedJob, names: Names, classes: list[str], sizes: np.ndarray, least: int) -> None:
     small = [
         f"{name!r} ({size} row{'s' * int(size != 1)})"
         for name, size in zip(classes, sizes, strict=True)
@@ -289,7 +389,61 @@ def _strata(loaded: LoadedJob, task: Task, names: Names, classes: list[str], cod
             found=f"{', '.join(small[:5])}{' and more' if len(small) > 5 else ''}",
             fix="give more rows of it, leave the class out of the data, or write data.split.by: random",
         )
-    return codes
+
+
+def _check_split(loaded: LoadedJob, source: Source, types: dict[str, str], order: Ordering, found: list[Found]) -> None:
+    kind = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+    for key in ("validation", "test") if order.by == "at" else ():
+        text = getattr(order, key)
+        if text and ordering.instant(text, kind[types[order.column]]) is None:
+            raise UserError(
+                f"{text!r} is no place in the column {order.column!r}",
+                where=loaded.location(f"data.split.at.{key}"),
+                expected="a date or time in ISO 8601, or a number if the column holds numbers",
+            )
+    refused = [each.refused for each in found if each.refused]
+    if refused:
+        first = min(refused, key=lambda reject: reject.row_id)
+        raise UserError(
+            f"column {first.column!r}: {first.reason}",
+            where=source.places.of(first.row_id),
+            expected="train, validation or test in every row"
+            if order.by == "column"
+            else "a number, or a date or time in ISO 8601, in every row",
+            found=repr(first.cell[:200]),
+            fix="correct the row, or split by something else with data.split",
+        )
+
+
+def _nothing_to_train_on(loaded: LoadedJob, order: Ordering) -> UserError:
+    if order.is_given:
+        return UserError(
+            "no row is left to train on: the source gives all rows to the other sides of the split",
+            where=loaded.location("data.split"),
+            fix="give rows for training",
+        )
+    return UserError(
+        "no row is left to train on: equal rows are kept and all fall on the other sides of the split",
+        where=loaded.location("data.split"),
+        fix="set data.clean.duplicates: drop, or give validation and test smaller shares",
+    )
+
+
+def _about_split(order: Ordering, told: Told, past: list[Generation]) -> list[str]:
+    sentences = []
+    if order.has_units:
+        what = "group" if order.by == "group" else "instant"
+        sentences.append(f"rows of one {what} stay on one side, so the numbers of rows of a side are approximate")
+    elif told.joined and not order.is_given:
+        sentences.append("equal rows are kept on one side, so the numbers of rows of a side are approximate")
+    for side, name in enumerate(SPLITS, 1):
+        if told.moved[side]:
+            sentences.append(
+                f"{told.moved[side]:,} {name} rows are left out as duplicates: equal rows are on a side further held out"
+            )
+    if past:
+        sentences.append(f"the rows of the first {sum(each.files for each in past)} files keep their sides")
+    return sentences
 
 
 def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
@@ -301,7 +455,8 @@ def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
     }
 
 
-def _empty(seen: dict[str, Seen]) -> list[str]:
+def empty_columns(seen: dict[str, Seen]) -> list[str]:
+    """Columns without a present cell."""
     return [name for name, column in seen.items() if column.stored == ["null"]]
 
 
@@ -313,17 +468,6 @@ def _absences(target: str, classes: list[str], by_class: dict[SplitName, list[in
             consequence = "the model never learns it" if side == "train" else f"the {side} metrics say nothing about it"
             sentences.append(f"no {side} row has the {target} {', '.join(absent[:5])}: {consequence}")
     return sentences
-
-
-def _by_piece(usable: list[np.ndarray], kept: np.ndarray) -> list[np.ndarray]:
-    sides, start = [], 0
-    for mask in usable:
-        count = int(mask.sum())
-        side = np.zeros(len(mask), np.int8)
-        side[mask] = kept[start : start + count]
-        sides.append(side)
-        start += count
-    return sides
 
 
 def _text_target(loaded: LoadedJob, target: str, found: str) -> UserError:

@@ -1,60 +1,59 @@
 """From a job's source to prepared data: read, decide, clean, split, fit, write.
 
-Four passes run in Ray Data (`engine`); between them the driver decides, from small facts, hashes and counts only:
-about 30 bytes for each row of the source.
+Three passes run over the pieces of the data (`passes`, `engine`): read and assess, fit, write. Between them the driver
+decides, from small facts, hashes and counts only: about 30 bytes for each row of the source.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raylway import storage
-from raylway.data import clean, csv_read, engine, files, items, outcome, shards
-from raylway.data.clean import Assessed, Rules
-from raylway.data.columns import Seen
-from raylway.data.csv_read import Reject
-from raylway.data.csv_text import Scan
-from raylway.data.decide import Places, Types, lost, refuse_infinite
-from raylway.data.items import Part, Range, Reading, Stream
+from raylway.data import (
+    describe,
+    division,
+    engine,
+    generations,
+    leaks,
+    outcome,
+    passes,
+    pieces,
+    reading,
+    shards,
+    warnings,
+)
+from raylway.data import report as column_report
+from raylway.data.decide import Places
+from raylway.data.describe import SIDE
+from raylway.data.division import Division, Exceptions
+from raylway.data.generations import Start
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Outcome
+from raylway.data.outcome import Counted, Outcome
+from raylway.data.passes import PieceTask
+from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
+from raylway.data.split import TRAIN
 from raylway.features import transform as features_transform
-from raylway.features.prepared import FORMAT, MANIFEST, SPLITS, Manifest, Prepared, Shard
+from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
+from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
-VERSION = 2
-"""Raise it when preparation gives other bytes for the same source and job."""
 
-
-def fingerprint(loaded: LoadedJob) -> str:
-    """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code.
-
-    Of a `python://` source it knows the module's file and the function's name.
-    """
-    job = loaded.job
-    digest = xxhash.xxh3_128()
-    facts: list[Any] = [
-        VERSION,
-        features_transform.VERSION,
-        FORMAT,
-        job.seed,
-        job.task,
-        job.data.model_dump(mode="json"),
-    ]
-    facts += [(location.name, location.function, files.checksum(location)) for location in files.locate(loaded)]
-    digest.update(msgspec.json.encode(facts))
-    return digest.hexdigest()[:16]
+def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
+    """The name of a job's prepared data (`generations`), in the storage folder `root` if it is given."""
+    return generations.find(loaded, root / PREPARED if root else None).fingerprint
 
 
 def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
@@ -68,123 +67,142 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
     Raises:
         UserError: The data or what the job says of it can't be used.
     """
-    mark = fingerprint(loaded)
-    folder = root / PREPARED / mark
+    start = generations.find(loaded, root / PREPARED)
+    folder = root / PREPARED / start.fingerprint
     with reporter.stage("prepare") as stage:
         if (folder / MANIFEST).exists():
             prepared = Prepared(folder)
             stage.finish(f"{_account(prepared.manifest)}; prepared before: {folder}")
             return prepared
-        with storage.staged_folder(folder) as staged:
-            manifest = _prepare(loaded, mark, staged, reporter, stage)
+        with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
+            manifest, keys = _prepare(loaded, start, staged, kept, reporter, stage)
+        pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
     return Prepared(folder)
 
 
-def _prepare(loaded: LoadedJob, mark: str, folder: Path, reporter: Reporter, stage: Stage) -> Manifest:
-    source = open_source(loaded)
+def _prepare(
+    loaded: LoadedJob, start: Start, folder: Path, kept: Path, reporter: Reporter, stage: Stage
+) -> tuple[Manifest, list[str]]:
+    """The manifest, and the keys of the pieces behind it."""
+    source = open_source(loaded, start.locations)
     names = check_names(loaded, source.columns)
     if not source.parts:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-    engine.configure()
-    pieces, seen, types = _read(loaded, source, names, stage)
-    refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
-    rules = outcome.rules_of(loaded, names, types)
-    rows = sum(fact.rows for fact in pieces.facts)
-    assess = functools.partial(clean.assess, rules=rules)
-    assessed = pieces.map(assess, Assessed, _rows(stage, rows, "rows cleaned"))
-    decided = outcome.conclude(loaded, source, names, rules, seen, assessed)
-    transform, written = _encode(pieces, decided, Use.of(rules, names, decided.roles), folder, stage)
+    found = reading.read(loaded, source, names, start.past.generations, kept, stage)
+    decided, tasks = _decide(loaded, source, names, found, start, kept)
+    use = Use.of(found.rules, names, decided.roles)
+    transform, written, sample = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
+    sample = features_transform.derived(sample, names.derive)
+    continues = bool(decided.division.generations[1:])
     manifest = Manifest(
         format=FORMAT,
-        fingerprint=mark,
+        fingerprint=start.fingerprint,
         account=decided.account,
         classes=decided.by_class,
         signature=decided.signature,
         transform=transform,
         files=source.files,
         shards=written,
-        decisions=[*source.notes, *types.sentences, *decided.sentences],
+        decisions=[*source.notes, *found.types.sentences, *decided.sentences],
+        lineage=Lineage(
+            start.section,
+            start.sources,
+            start.base if continues else "",
+            decided.types,
+            decided.task,
+            decided.division.generations,
+        ),
+        warnings=warnings.find(outcome.subject(loaded, names, decided), sample),
+        profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
+        leak_test=leaks.leak_test(
+            folder, written, decided.account.kept, _contents(tasks, decided.division, kept, found.assessment)
+        ),
     )
     for sentence in manifest.decisions:
         reporter.note(f"  {sentence}")
-    _write_quarantine(folder, decided.rejects, source.places)
-    _write_profile(folder, decided, rules, seen)
+    for sentence in manifest.warnings:
+        reporter.note(f"  warning: {sentence}")
+    _write_quarantine(folder, kept, tasks, found.assessment, source.places)
+    _write_duplicates(folder, decided.division.exceptions)
+    empty = outcome.empty_columns(found.seen)
+    columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
+    storage.write_record(folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
+    keys = [item.key for item in found.items]
+    storage.write_record(folder / pieces.USED, keys if start.may_grow else [])
     storage.write_record(folder / MANIFEST, manifest)
-    return manifest
+    return manifest, keys
 
 
-def _read(
-    loaded: LoadedJob, source: Source, names: Names, stage: Stage
-) -> tuple[engine.Pieces, dict[str, Seen], Types]:
-    """The pieces, what was seen in them, and the types of the columns."""
-    total = source.size / 1e6
-    todo = items.grouped(_cut(source), csv_read.RANGE_BYTES)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
-    while True:
-        done = 0
+def _decide(
+    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Path
+) -> tuple[Outcome, list[PieceTask]]:
+    """The outcome over all pieces, and what the later passes need to know of each piece."""
+    each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
+    tables = [passes.rows(kept, key, facts.number, found.assessment) for key, facts, _ in each]
+    tasks: list[PieceTask] = []
 
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            stage.update(min(done * csv_read.RANGE_BYTES / 1e6, total), total, "MB read")
-
-        pieces = engine.Pieces(todo, reading, progress)
-        if not sum(fact.read for fact in pieces.facts):
-            raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-        seen = outcome.merged([fact.seen for fact in pieces.facts])
-        types = outcome.types_of(loaded, names, seen, source.places)
-        again = lost(seen, types.of)
-        if not again:
-            return pieces, seen, types
-        # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
-        reading = msgspec.structs.replace(reading, as_text=again)
-
-
-def _cut(source: Source) -> list[Part]:
-    """The source's parts, large plain CSV files cut into ranges if their quotes are regular."""
-    step = csv_read.RANGE_BYTES
-    uncut = {
-        index: [
-            Range(part.file, part.location, part.heading, start, end, False, 0)
-            for start, end in items.ranges(part, step)
+    def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
+        tasks[:] = [
+            PieceTask(key, facts, one, own, divided.exceptions.between(one.first, one.last))
+            for (key, facts, one), own in zip(each, codes, strict=True)
         ]
-        for index, part in enumerate(source.parts)
-        if isinstance(part, Stream) and not part.location.compression and part.size - part.heading.offset > step
-    }
-    if not uncut:
-        return source.parts
-    scans = iter(engine.spread(items.scan, [part for parts in uncut.values() for part in parts], Scan))
-    cut: list[Part] = []
-    for index, part in enumerate(source.parts):
-        pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]
-        cut += items.placed(pieces) or [part]
-    return cut
+        slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
+        bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
+        return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
+
+    ones = [one for _, _, one in each]
+    past = start.past.generations
+    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count, past)
+    if past and (decided.types, decided.task) != (start.past.types, start.past.task):
+        # the same rows have other hashes under other types: their sides can't be told any more
+        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count)
+        decided.sentences.append("the new files change the columns' types: all rows are divided anew")
+    return decided, tasks
 
 
 def _encode(
-    pieces: engine.Pieces, decided: Outcome, use: Use, folder: Path, stage: Stage
-) -> tuple[Transform, list[Shard]]:
-    """Fit the transform on the training rows, then write the shards."""
-    rows = sum(len(sides) for sides in decided.sides)
-    measure = functools.partial(shards.measure, use=use, target_is_number=decided.task == "regression")
-    measured = pieces.map(measure, Measured, _rows(stage, rows, "rows measured"), decided.sides)
+    tasks: list[PieceTask], decided: Outcome, use: Use, assessment: str, folder: Path, kept: Path, stage: Stage
+) -> tuple[Transform, list[Shard], pa.Table]:
+    """Fit the transform on the training rows, then write the shards; and a sample of the kept rows."""
+    rows = sum(task.facts.rows for task in tasks)
+    divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
+    bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
+    rate = describe.rate(decided.account.kept)
+    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression", rate=rate)
+    measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
     transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
     each = shards.rows_per_shard(use)
-    keys = [(fact.item, fact.number) for fact in pieces.facts]
-    to = To(str(folder), dict(zip(keys, shards.numbering(decided.sides, each), strict=True)), each)
-    write = functools.partial(shards.write, use=use, transform=transform, to=to)
-    written = pieces.map(write, Written, _rows(stage, rows, "rows written"), decided.sides)
+    keys = [(task.facts.item, task.facts.number) for task in tasks]
+    to = To(str(folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
+    write = functools.partial(passes.write, **bound, transform=transform, to=to)
+    written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
-    return transform, sorted(every, key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    return transform, every, describe.sampled(part.sample for part in measured)
 
 
-def _rows(stage: Stage, total: int, unit: str) -> Callable[[int], None]:
+def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:
+    """What the kept rows hold, piece by piece."""
+    by = divided.ordering.by
+    for task in tasks:
+        table = passes.rows(kept, task.key, task.facts.number, assessment)
+        sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
+        word = {name: table[name].to_numpy() for name in table.column_names}
+        rows = np.flatnonzero(sides > 0)
+        rows = rows[np.argsort(word["position"][rows])]
+        hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
+        group = word["key"][rows] if by == "group" else None
+        instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
+        yield leaks.Contents(word["row"][rows], hashes, group, instant)
+
+
+def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
     done = 0
 
-    def progress(rows: int) -> None:
+    def progress(result: Measured | Written) -> None:
         nonlocal done
-        done += rows
+        done += result.rows
         stage.update(done, total, unit)
 
     return progress
@@ -199,25 +217,19 @@ def _account(manifest: Manifest) -> str:
     )
 
 
-def _write_quarantine(folder: Path, rejects: list[Reject], places: Places) -> None:
-    lines = []
-    for reject in rejects:
-        name, number = places.split(reject.row_id)
-        record = {"file": name, "line": number, "column": reject.column, "reason": reject.reason, "cell": reject.cell}
-        lines.append(msgspec.json.encode(record) + b"\n")
+def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, places: Places) -> None:
     (folder / "quarantine").mkdir()
-    storage.write_bytes(folder / "quarantine" / "rows.jsonl", b"".join(lines))
+    with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
+        for task in tasks:
+            for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
+                name, line = places.split(reject.row_id)
+                record = {"file": name, "line": line, "column": reject.column, "reason": reject.reason}
+                file.write(msgspec.json.encode(record | {"cell": reject.cell}) + b"\n")
 
 
-def _write_profile(folder: Path, decided: Outcome, rules: Rules, seen: dict[str, Seen]) -> None:
-    roles_by_name = dict.fromkeys(decided.roles.numeric, "numeric") | dict.fromkeys(
-        decided.roles.categorical, "categorical"
-    )
-    columns = []
-    for name, kind in rules.types.items():
-        missing = seen[name].missing_as(kind)
-        role = "target" if name == rules.target else roles_by_name.get(name, "unused")
-        columns.append(
-            {"name": name, "type": kind, "role": role, "missing": missing, "distinct": decided.distinct.get(name)}
-        )
-    storage.write_record(folder / "profile.json", {"columns": columns})
+def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:
+    rows, firsts, where = exceptions.arrays()
+    left_out = where < 0
+    table = pa.table({"row_id": pa.array(rows[left_out]), "first_row_id": pa.array(firsts[left_out])})
+    with pa.OSFile(str(folder / DUPLICATES), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)

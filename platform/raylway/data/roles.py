@@ -13,6 +13,8 @@ from raylway.job.load import LoadedJob
 
 FEW_CLASSES = 20
 """A target of at most so many whole values is a class, if there are five rows a value or just two values."""
+_NEARLY_ALL = 0.95
+"""Texts that differ in more than this share of the rows name the rows."""
 _MANY_TEXTS = 100
 """A column of text with more values than this, and different in more than half of the rows, is no category."""
 
@@ -31,6 +33,8 @@ class Names:
     numeric: list[str]
     categorical: list[str]
     drop: list[str]
+    split: str
+    """The column that says the side or the group of a row; empty if there is none."""
 
     def reads(self, name: str) -> frozenset[str]:
         """The source columns behind a column: itself, if it is one."""
@@ -78,7 +82,11 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
                     where=loaded.location(f"data.features.{key}"),
                     fix=f"take it out of features.{key}",
                 )
-    return Names(columns, derive, data.target, frozenset(hidden), **lists)
+    column = data.split.column
+    if column:
+        _check_known([column], known, loaded.location("data.split.column"), "a column of the split")
+    says_side = data.split.by in ("group", "column") and column not in (*lists["numeric"], *lists["categorical"])
+    return Names(columns, derive, data.target, frozenset(hidden), **lists, split=column if column and says_side else "")
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class Roles:
     derive: dict[str, str]
     """Only what the features need, in order."""
     sentences: list[str]
+    unused: dict[str, tuple[str, str]]
+    """Columns that are no feature for what they look like: role (text, identifier), and why."""
 
 
 def choose_features(
@@ -109,6 +119,7 @@ def choose_features(
         UserError: No feature is left.
     """
     numeric, categorical, sentences = [], [], []
+    unused: dict[str, tuple[str, str]] = {}
     for name in [*names.columns, *names.derive]:
         behind, through = _behind(name, names.derive)
         leaks = sorted((behind | through) & names.target_sources)
@@ -116,6 +127,8 @@ def choose_features(
             continue
         if leaks:
             sentences.append(f"column {name!r} is no feature: the target {names.target!r} derives from {leaks[0]!r}")
+        elif name == names.split:
+            sentences.append(f"column {name!r} is no feature: the rows are split by it")
         elif name in empty:
             sentences.append(f"column {name!r} is no feature: it is empty in every row")
         elif name in names.numeric or (name not in names.categorical and types[name] in ("int64", "float64")):
@@ -123,6 +136,8 @@ def choose_features(
         elif name in names.categorical or texts.get(name, 0) <= max(_MANY_TEXTS, rows / 2):
             categorical.append(name)
         else:
+            role = "identifier" if texts[name] > _NEARLY_ALL * rows else "text"
+            unused[name] = role, f"about {texts[name]:,} different texts in {rows:,} rows"
             sentences.append(
                 f"column {name!r} is no feature: about {texts[name]:,} different texts in {rows:,} rows are no "
                 "categories but identifiers or free text; list it under features.categorical to use it"
@@ -137,7 +152,7 @@ def choose_features(
     _refuse_derived_from_truth_values([*numeric, *categorical], names, types, where)
     needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
-    return Roles(numeric, categorical, derive, sentences)
+    return Roles(numeric, categorical, derive, sentences, unused)
 
 
 def signature(

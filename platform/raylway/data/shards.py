@@ -14,6 +14,7 @@ import xxhash
 from raylway import storage
 from raylway.data import clean
 from raylway.data.clean import Rules
+from raylway.data.describe import chosen, sample
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import Names, Roles
 from raylway.data.split import TRAIN
@@ -56,21 +57,30 @@ class Use(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True):
     """`features.transform.Statistics` of the training rows of one piece, the target among the numbers if it is one."""
 
+    rows: int
+    """Of the piece."""
     numeric: dict[str, Moments]
     categorical: dict[str, dict[str, int]]
+    sample: bytes
+    """Some kept rows (`describe.sample`)."""
 
 
 class Written(msgspec.Struct, frozen=True):
     """The shards of one piece."""
 
+    rows: int
+    """Of the piece."""
     shards: list[Shard]
 
 
-def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool) -> Measured:
-    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`)."""
+def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool, rate: float) -> Measured:
+    """Measure the training rows of a piece; `sides` is int8 [rows] (`split`), `rate` the share of rows to sample."""
     table = _rows(piece, np.flatnonzero(sides == TRAIN), use)
     statistics = Statistics.of(table, [*use.numeric, *[use.target] * target_is_number], use.categorical)
-    return Measured(statistics.numeric, {name: dict(counts) for name, counts in statistics.categorical.items()})
+    counts = {name: dict(each) for name, each in statistics.categorical.items()}
+    some = chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
+    rows = clean.typed_rows(piece, some, list(use.rules.types), use.rules)
+    return Measured(len(sides), statistics.numeric, counts, sample(rows, sides[some], 1.0))
 
 
 def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:
@@ -103,14 +113,14 @@ def rows_per_shard(use: Use) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
-def numbering(sides: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
-    """The number of each piece's first shard, by side."""
+def numbering(per_piece: list[np.ndarray], each: int) -> list[dict[SplitName, int]]:
+    """The number of each piece's first shard, by side; from the rows of each piece by side (and class)."""
     at: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     first = []
-    for piece in sides:
+    for piece in per_piece:
         first.append(dict(at))
         for side, name in enumerate(SPLITS, 1):
-            at[name] += -(-int(np.count_nonzero(piece == side)) // each)
+            at[name] += -(-int(piece[side].sum()) // each)
     return first
 
 
@@ -134,7 +144,7 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             file = f"{name}-{number + start // to.rows:05d}.arrow"
             storage.write_bytes(Path(to.folder) / file, content)
             shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
-    return Written(shards)
+    return Written(len(sides), shards)
 
 
 @dataclass(frozen=True)

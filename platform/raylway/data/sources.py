@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +13,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylway.data import arrow_read, clean, columns, csv_read, items, outcome
-from raylway.data.clean import Assessed, Rules
-from raylway.data.columns import MISSING_WORDS, Seen
+from raylway.data import arrow_read, clean, columns, csv_read, describe, division, items, outcome, report, warnings
+from raylway.data.clean import Rules
+from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.decide import lost, refuse_infinite
+from raylway.data.division import Division
 from raylway.data.files import Location, file_at, zip_members
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Outcome, Preview
-from raylway.data.roles import check_names
+from raylway.data.outcome import Found, Outcome, Preview
+from raylway.data.report import Reported
+from raylway.data.roles import Names, check_names
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
 from raylway.features.signature import Input, Signature, Task
-from raylway.features.transform import Transform
+from raylway.features.transform import Transform, derived
 from raylway.job.load import LoadedJob
 
 SAMPLE_BYTES = 8 << 20
-
-
-class SampledColumn(msgspec.Struct, frozen=True):
-    """A column as the sample shows it."""
-
-    name: str
-    type: str
-    """int64, float64, bool or string."""
-    role: str
-    """target, numeric, categorical or unused."""
-    missing: int
-    distinct: int
-    """Different values in the sample (text: about, beyond a few thousand)."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -56,7 +46,7 @@ class Sample(msgspec.Struct, frozen=True):
     train: int
     validation: int
     test: int
-    columns: list[SampledColumn]
+    columns: list[Reported]
     """Of the source, then derived ones."""
     task: Task
     target: str
@@ -65,6 +55,7 @@ class Sample(msgspec.Struct, frozen=True):
     numeric: list[str]
     categorical: list[str]
     decisions: list[str]
+    warnings: list[str]
 
 
 def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
@@ -88,11 +79,14 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     rules = outcome.rules_of(loaded, names, types)
     if again := lost(seen, types.of):
         pieces, share = _heads(source, names.numeric, max_bytes, again)
-    assessed = [clean.assess(piece, rules) for piece in pieces]
-    read = sum(piece.facts.read for piece in pieces)
+    order = outcome.ordering_of(loaded, source)
+    both = [outcome.found_of(piece, rules, order) for piece in pieces]
+    assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(loaded, source, names, rules, seen, assessed)
+        found = outcome.conclude(
+            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
+        )
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
@@ -100,22 +94,33 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         asked = loaded.job.data.split
         validation = round(rows * asked.validation)
         train = rows - validation - round(rows * asked.test)
+    rows_seen = _sampled(pieces, assessed, tables, found, names, rules)
     return Sample(
         exact=share == 1,
         files=len(source.files),
-        rows_read=read,
+        rows_read=sum(piece.facts.read for piece in pieces),
         rows=rows,
         train=train,
         validation=validation,
         test=rows - train - validation,
-        columns=_columns(pieces, rules, seen, assessed[0], found),
+        columns=report.report(found.described.columns, names, found.roles, outcome.empty_columns(seen), rows_seen),
         task=found.task,
         target=names.target,
         classes=found.classes,
         numeric=found.roles.numeric,
         categorical=found.roles.categorical,
         decisions=[*source.notes, *types.sentences, *found.sentences],
+        warnings=warnings.find(outcome.subject(loaded, names, found), rows_seen),
     )
+
+
+def _count(
+    found: list[Found], tables: list[pa.Table], divided: Division, codes: list[list[int]]
+) -> list[outcome.Counted]:
+    return [
+        outcome.counted(table, each, own, divided, divided.exceptions)
+        for table, each, own in zip(tables, found, codes, strict=True)
+    ]
 
 
 def _heads(
@@ -136,20 +141,32 @@ def _heads(
     return pieces, 1.0 if whole else max(covered, 1.0) / source.size
 
 
-def _columns(
-    pieces: list[Piece], rules: Rules, seen: dict[str, Seen], first: Assessed, found: Outcome | Preview
-) -> list[SampledColumn]:
-    roles = dict.fromkeys(found.roles.numeric, "numeric") | dict.fromkeys(found.roles.categorical, "categorical")
-    roles[rules.target] = "target"
-    result = []
-    for name, kind in (rules.types | first.derived_types).items():
-        missing = distinct = 0
-        if name in seen:
-            missing = seen[name].missing_as(kind)
-            finals = [columns.final(piece.table[name].combine_chunks(), kind, False)[0] for piece in pieces]
-            distinct = pc.count_distinct(pa.chunked_array(finals)).as_py()
-        result.append(SampledColumn(name, kind, roles.get(name, "unused"), missing, distinct))
-    return result
+def _sampled(
+    pieces: list[Piece],
+    assessed: list[Found],
+    tables: list[pa.Table],
+    found: Outcome | Preview,
+    names: Names,
+    rules: Rules,
+) -> pa.Table:
+    """Some usable rows with derived columns; of the whole data their sides, else all count as training rows."""
+    position = {name: index for index, name in enumerate(found.classes)}
+    sides = []
+    for piece, each, table in zip(pieces, assessed, tables, strict=True):
+        side = np.zeros(piece.facts.rows, np.int8)
+        own = np.ones(table.num_rows, np.int8)
+        if isinstance(found, Outcome):
+            codes = np.array([position[value] for value in each.assessed.values] if position else [], np.int32)
+            own = division.sides(table, codes, found.division, found.division.exceptions)
+        side[table["position"].to_numpy()] = own
+        sides.append(side)
+    rate = describe.rate(sum(int((side > 0).sum()) for side in sides))
+    parts = []
+    for piece, side in zip(pieces, sides, strict=True):
+        some = describe.chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), side, rate)
+        rows = clean.typed_rows(piece, some, list(rules.types), rules)
+        parts.append(describe.sample(rows, side[some], 1.0))
+    return derived(describe.sampled(parts), names.derive)
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -211,6 +228,20 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
         total += len(order)
     every = pa.concat_tables(tables)
     return FileRows(every.select(list(wanted)), every[_PLACE].to_numpy(), every[_LINE].to_numpy(), errors, total)
+
+
+def input_tables(path: Path, signature: Signature, transform: Transform) -> Iterator[tuple[pa.Table, int]]:
+    """A file in parts: its rows as the inputs of a model, a cell that is no value for its input as missing; and how
+    many rows could not be read at all.
+
+    Raises:
+        UserError: As `read_table`.
+    """
+    location = file_at(path)
+    wanted = {each.name: each for each in signature.inputs}
+    known = {feature.name: pa.array(feature.categories, pa.string()) for feature in transform.categorical}
+    for table, rejects in _file_tables(location, wanted):
+        yield pa.table(_inputs(table, wanted, known, location.name)[0]), len(rejects)
 
 
 _LINE, _PLACE = "\0line", "\0place"

@@ -1,7 +1,4 @@
-"""Exact duplicates by row hash, and the division into training, validation and test rows.
-
-Both look at hashes only, so the outcome depends on what the rows hold and not on their order, files or machine.
-"""
+"""How many rows of each stratum go to test and validation."""
 
 from __future__ import annotations
 
@@ -9,35 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raylway.data.rowhash import mix
+from raylway.errors import UserError
 from raylway.features.prepared import SPLITS
 
 OUT, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
 """Sides of a row: left out, or the position in `features.prepared.SPLITS` + 1."""
 assert SPLITS == ("train", "validation", "test")
-
-
-def first_of_equal(hashes: np.ndarray) -> np.ndarray:
-    """Which of N rows are the first with their hash.
-
-    Args:
-        hashes: uint64 [N, 2], in the order of the row ids.
-
-    Returns:
-        bool [N].
-    """
-    keep = np.ones(len(hashes), bool)
-    order = np.argsort(hashes[:, 0], kind="stable")
-    first = hashes[order, 0]
-    same = first[1:] == first[:-1]
-    if not same.any():
-        return keep
-    # few rows share 64 bits: only they are compared in full
-    involved = order[np.append(same, False) | np.append(False, same)]
-    involved = involved[np.lexsort((involved, hashes[involved, 1], hashes[involved, 0]))]
-    equal = (hashes[involved[1:]] == hashes[involved[:-1]]).all(axis=1)
-    keep[involved[1:][equal]] = False
-    return keep
 
 
 @dataclass(frozen=True)
@@ -53,36 +27,6 @@ class Shares:
         return (self.validation > 0) + (self.test > 0)
 
 
-def divide(hashes: np.ndarray, strata: np.ndarray, shares: Shares, seed: int) -> np.ndarray:
-    """The side of each of N rows.
-
-    Rows are ordered by a seeded scramble of their hash; of each stratum the first go to the test side, the next to
-    validation. Equal rows are neighbours in that order and stay together: where they are, counts are approximate.
-
-    Args:
-        hashes: uint64 [N, 2].
-        strata: int32 [N], from 0 on, every stratum with at least one row.
-        shares: Of the whole.
-        seed: Of the job.
-
-    Returns:
-        int8 [N] of TRAIN, VALIDATION, TEST.
-    """
-    sides = np.full(len(hashes), TRAIN, np.int8)
-    key = mix(hashes[:, 0] ^ mix(np.array([seed], np.uint64)))
-    order = np.lexsort((hashes[:, 1], key, strata))
-    sizes = np.bincount(strata)
-    test, validation = counts(sizes, shares)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    for stratum in range(len(sizes)):
-        rows = order[starts[stratum] : starts[stratum + 1]]
-        first = _between(hashes, rows, int(test[stratum]))
-        second = _between(hashes, rows, max(first, int(test[stratum] + validation[stratum])))
-        sides[rows[:first]] = TEST
-        sides[rows[first:second]] = VALIDATION
-    return sides
-
-
 def counts(sizes: np.ndarray, shares: Shares) -> tuple[np.ndarray, np.ndarray]:
     """Rows of each stratum for test and validation: the totals are the shares of all rows, rounded.
 
@@ -90,6 +34,8 @@ def counts(sizes: np.ndarray, shares: Shares) -> tuple[np.ndarray, np.ndarray]:
     and one always stays for training.
     """
     total = int(sizes.sum())
+    if not total:
+        return np.zeros_like(sizes), np.zeros_like(sizes)
     test = _allot(_rounded(shares.test, total), sizes, sizes - 1)
     validation = _allot(_rounded(shares.validation, total), sizes, sizes - 1 - test)
     return test, validation
@@ -117,11 +63,16 @@ def _allot(wanted: int, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
     return alloted
 
 
-def _between(hashes: np.ndarray, rows: np.ndarray, cut: int) -> int:
-    """The cut nearest to `cut` that parts no equal rows."""
-    low = high = cut
-    while 0 < low < len(rows) and (hashes[rows[low - 1]] == hashes[rows[low]]).all():
-        low -= 1
-    while 0 < high < len(rows) and (hashes[rows[high - 1]] == hashes[rows[high]]).all():
-        high += 1
-    return low if cut - low <= high - cut else high
+def too_few(units: int, what: str, where: str) -> UserError:
+    """There are fewer units than sides.
+
+    Args:
+        units: How many there are.
+        what: What they are: rows, groups, instants.
+        where: In the job file.
+    """
+    return UserError(
+        f"{units} {what} can't be divided into training, validation and test rows",
+        where=where,
+        fix=f"give more {what}, or set validation or test to 0%",
+    )

@@ -3,6 +3,7 @@
     manifest.json            written last; without it the folder does not exist
     <split>-<number>.arrow   Arrow IPC files, memory-mapped
     quarantine/rows.jsonl    one invalid row a line: file, line, column, reason, cell
+    quarantine/duplicates.arrow   row_id of every row that is left out as a duplicate, and first_row_id that it repeats
     profile.json             columns as they were found and what was decided about them
 
 A shard's columns: `numeric` fixed-size list of float32, `categorical` fixed-size list of int32 (0 = unknown), `target`
@@ -21,11 +22,13 @@ import pyarrow as pa
 
 from raylway import storage
 from raylway.errors import RunFailed
+from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -53,6 +56,59 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     test: int
 
 
+class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands on two sides of the split, counted on the written shards; 0 everywhere is a pass."""
+
+    rows: int
+    """Kept rows; the row id of each was looked for in every shard."""
+    compared: int
+    """Rows whose content was compared: all, or of very large data a fixed part."""
+    unplaced: int
+    """Kept rows that no shard holds."""
+    row_ids_on_two_sides: int
+    equal_rows_on_two_sides: int
+    """Different contents on more than one side."""
+    groups_on_two_sides: int | None = None
+    """For a split by group."""
+    out_of_order: int | None = None
+    """For a split by time: sides that begin before an earlier one ends."""
+
+    @property
+    def passed(self) -> bool:
+        found = self.unplaced, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
+        return not any((*found, self.groups_on_two_sides, self.out_of_order))
+
+
+class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where in the order of the split test and validation end: the words of the last row, in hex; empty for no row."""
+
+    test: str
+    validation: str
+
+
+class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files that came together, and how their rows were divided."""
+
+    files: int
+    """How many; they follow those of the generation before in `Manifest.files`."""
+    cuts: dict[str, Cut]
+    """By stratum: the class, or an empty name."""
+
+
+class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What prepared data of more files must know to leave the sides of these rows as they are."""
+
+    section: str = ""
+    """Hash of what the job says of the data, the seed and our code."""
+    sources: list[tuple[str, str]] = []
+    """Name and checksum of each file or archive, in the order of the row ids."""
+    base: str = ""
+    """Fingerprint of the prepared data that this one continues; empty for none."""
+    types: dict[str, str] = {}
+    task: str = ""
+    generations: list[Generation] = []
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     fingerprint: str
@@ -66,6 +122,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: list[Shard]
     decisions: list[str]
     """What was decided about the data, one sentence each (types, columns left out)."""
+    warnings: list[str] = []
+    """What in the data may ruin the model, one sentence each with what to do."""
+    profile: Profile | None = None
+    """Of a sample of the training rows."""
+    leak_test: LeakTest | None = None
+    lineage: Lineage = Lineage()
 
 
 class Rows:

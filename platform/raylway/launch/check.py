@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from raylway.data import sources
+from raylway.data.report import Reported
 from raylway.data.sources import Sample
 from raylway.job.load import LoadedJob, located
 from raylway.launch.capacity import Capacity, Node
@@ -37,22 +38,18 @@ class Findings:
             "plan": msgspec.to_builtins(self.plan),
         }
 
-    def as_text(self) -> str:
-        """For people."""
-        return "\n".join([*self._data(), "", *self._model(), "", *self._training(), "", *self._serving()])
+    def as_text(self, whole_report: bool = False) -> str:
+        """For people; of the columns in a few words, or the whole report."""
+        return "\n".join([*self._data(whole_report), "", *self._model(), "", *self._training(), "", *self._serving()])
 
-    def _data(self) -> Iterator[str]:
+    def _data(self, whole_report: bool) -> Iterator[str]:
         data = self.sample
         about = "" if data.exact else "about "
-        width = max(len(column.name) for column in data.columns)
-        yield f"data        {data.files} file(s), {about}{data.rows:,} usable rows; looked at {data.rows_read:,}"
-        for column in data.columns:
-            missing = f", {column.missing:,} missing" if column.missing else ""
-            different = f"{column.distinct:,} different" if column.distinct else "derived"
-            described = f"{column.type:<8} {column.role:<12} {different}{missing}"
-            yield f"  {column.name:<{width}}  {described}"
+        yield from _columns(data, whole_report)
         for decision in data.decisions:
             yield f"  {decision}"
+        for warning in data.warnings:
+            yield f"  warning: {warning}"
         yield f"task        {data.task} of {data.target!r}" + (f": {', '.join(data.classes)}" if data.classes else "")
         yield f"split       {about}{data.train:,} training, {data.validation:,} validation, {data.test:,} test"
 
@@ -84,6 +81,29 @@ class Findings:
     def _serving(self) -> Iterator[str]:
         serve = self.loaded.job.serve
         yield f"serving     {serve.replicas.min} to {serve.replicas.max} replicas, up to {serve.max_batch} rows a batch"
+
+
+def _columns(data: Sample, whole: bool) -> Iterator[str]:
+    """The column report: a line a column, as wide as its widest cells; the first cells of each line, or all."""
+    rows = [("column", "type", "role", "different", "missing", "range or examples", "why")]
+    for column in data.columns:
+        different = f"{'' if column.distinct_is_exact else '~'}{column.distinct:,}"
+        missing = f"{column.missing / column.rows:.1%}" if column.missing else "-"
+        rows.append((column.name, column.type, column.role, different, missing, _held(column), column.why))
+    widths = [max(len(row[place]) for row in rows) for place in range(6)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, (*widths, 0), strict=True)]
+        yield "  " + "  ".join(cells if whole else cells[:5]).rstrip()
+
+
+def _held(column: Reported) -> str:
+    """What stands in a column, in at most 40 characters."""
+    if column.mean is not None and column.minimum is not None:
+        text = f"{column.minimum:.6g} to {column.maximum:.6g}, mean {column.mean:.4g}"
+    else:
+        text = ", ".join(list(column.frequent) or column.examples)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def check(loaded: LoadedJob) -> Findings:

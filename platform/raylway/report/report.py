@@ -17,7 +17,7 @@ import msgspec
 from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
 from raylway.features.prepared import SPLITS, Manifest, Prepared
-from raylway.report import figures, words
+from raylway.report import figures, sparks, words
 from raylway.report.charts import Figure
 from raylway.runs.run import STAGES, Run, RunRecord
 
@@ -51,6 +51,8 @@ def write(run: Run, prepared: Prepared) -> Path:
             job=run.job.read_text(encoding="utf-8") if run.job.exists() else "",
             account=manifest.account,
             balance=_balance(manifest),
+            leak_test=manifest.leak_test,
+            leak_words=words.leaks(manifest.leak_test) if manifest.leak_test else "",
             columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
             training={**training, **training.get("plan", {})},
@@ -74,6 +76,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": words.number,
         "figure": words.figure,
+        "bound": words.bound,
         "seconds": words.seconds,
         "moment": words.moment,
         "joined": words.sentence_list,
@@ -157,7 +160,7 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
         for each in transform.categorical
     }
     columns = msgspec.json.decode(path.read_bytes())["columns"]
-    return [{**column, "learnt": learnt.get(column["name"], "")} for column in columns]
+    return [{**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)} for column in columns]
 
 
 def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:
@@ -175,10 +178,12 @@ def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
 
 
 def _clock(record: RunRecord) -> list[dict[str, Any]]:
-    """Seconds of each stage that has begun, with its share of the longest."""
-    stages = [(name, record.stages[name]) for name in STAGES[:-1] if name in record.stages]
-    longest = max((stage.elapsed_s for _, stage in stages), default=0.0) or 1.0
+    """Seconds of Ray's start and of each stage that has begun, with their share of the longest."""
+    times = [(name, found.status, found.elapsed_s) for name in STAGES[:-1] if (found := record.stages.get(name))]
+    if times and times[0][0] == "prepare" and "ray_s" in record.stages["prepare"].facts:
+        times.insert(0, ("start of Ray", "done", record.stages["prepare"].facts["ray_s"]))
+    longest = max((elapsed for _, _, elapsed in times), default=0.0) or 1.0
     return [
-        {"name": name, "status": stage.status, "elapsed_s": stage.elapsed_s, "share": stage.elapsed_s / longest}
-        for name, stage in stages
+        {"name": name, "status": status, "elapsed_s": elapsed, "share": elapsed / longest}
+        for name, status, elapsed in times
     ]

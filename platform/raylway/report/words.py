@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 from raylway.evaluate.record import LABELS, LOWER_IS_BETTER, Baseline, Evaluation
+from raylway.features.prepared import LeakTest
 
 
 def figure(value: float | None) -> str:
@@ -18,6 +19,11 @@ def figure(value: float | None) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if size < 10 else f"{value:.4g}"
+
+
+def bound(value: float) -> str:
+    """An end of a range: whole numbers as they are, others to four digits."""
+    return f"{value:,}" if isinstance(value, int) else figure(value)
 
 
 def number(value: float) -> str:
@@ -51,6 +57,25 @@ def moment(text: str) -> str:
 def sentence_list(parts: list[str]) -> str:
     """a, b and c"""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def leaks(found: LeakTest) -> str:
+    """The result of the leak test."""
+    of = "" if found.compared == found.rows else f" (contents of {number(found.compared)} rows compared)"
+    tests = [
+        (found.row_ids_on_two_sides, "row stands on two sides", "rows stand on two sides"),
+        (found.unplaced, "kept row is in no shard", "kept rows are in no shard"),
+        (found.equal_rows_on_two_sides, "content of rows is on two sides", "contents of rows are on two sides"),
+        (found.groups_on_two_sides, "group is on two sides", "groups are on two sides"),
+        (found.out_of_order, "side begins before an earlier one ends", "sides begin before an earlier one ends"),
+    ]
+    told = [(count, one, many) for count, one, many in tests if count is not None]
+    if found.passed:
+        return f"Read back from the shards, of {number(found.rows)} rows{of}: " + sentence_list(
+            [f"no {one}" for _, one, _ in told]
+        )
+    wrong = [f"{number(count)} {one if count == 1 else many}" for count, one, many in told if count]
+    return f"Read back from the shards, of {number(found.rows)} rows{of}: " + sentence_list(wrong)
 
 
 def main_metric(evaluation: Evaluation) -> str:

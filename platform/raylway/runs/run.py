@@ -125,11 +125,14 @@ class Run:
             raise
         self._set(name, StageRecord("done", started, time.monotonic() - clock, facts))
 
-    def add_prepare(self, elapsed_s: float) -> None:
-        """Record the stage that ends before there is a run; a resumed run keeps the first time, not the cache's."""
+    def add_prepare(self, elapsed_s: float, ray_s: float) -> None:
+        """Record the stage that ends before there is a run, and how long Ray took to start or join before it; a resumed
+        run keeps the first times, not the cache's."""
         if not self.is_done("prepare"):
             started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=elapsed_s)
-            self._set("prepare", StageRecord("done", started.isoformat(timespec="milliseconds"), elapsed_s))
+            self._set(
+                "prepare", StageRecord("done", started.isoformat(timespec="milliseconds"), elapsed_s, {"ray_s": ray_s})
+            )
 
     def log(self, event: str, **details: Any) -> None:
         """Append one line to events.jsonl. A line is one write, so lines of several processes never mix."""

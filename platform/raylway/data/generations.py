@@ -1,0 +1,101 @@
+"""Which prepared data a job's files continue: the same job over fewer files, all of them unchanged.
+
+The rows of those files keep their ids and sides; only the rows of the new files are divided. So what comes out depends
+on what was prepared before, and the fingerprint says so. A folder for exactly these files comes first, however it came
+about: running a job again finds what it made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from raylway.data import files
+from raylway.data.files import Location
+from raylway.features import transform
+from raylway.features.prepared import FORMAT, MANIFEST, Lineage
+from raylway.job.load import LoadedJob
+
+VERSION = 3
+"""Raise it when preparation gives other bytes for the same source and job."""
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What is asked of a manifest."""
+
+    fingerprint: str
+    lineage: Lineage = Lineage()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a preparation begins."""
+
+    fingerprint: str
+    section: str
+    locations: list[Location]
+    """In the order of the row ids: those of the base first, then by name."""
+    base: str = ""
+    """Fingerprint of the prepared data that is continued."""
+    past: Lineage = field(default_factory=Lineage)
+
+    may_grow: bool = True
+    """Whether other files may join: not if the job names one file."""
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [_identity(location) for location in self.locations]
+
+
+def find(loaded: LoadedJob, folder: Path | None) -> Start:
+    """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code, and
+    the prepared data that it continues.
+
+    Of a `python://` source it knows the module's file and the function's name.
+
+    Args:
+        loaded: The job.
+        folder: Where prepared data lies; None to look for none.
+    """
+    job = loaded.job
+    locations = files.locate(loaded)
+    by_identity = {_identity(location): location for location in locations}
+    facts = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, job.data.model_dump(mode="json")]
+    section = _digest(facts)
+    may_grow = [job.data.source] != [location.name for location in locations]
+    alone = Start(_digest([section, list(by_identity), ""]), section, locations, may_grow=may_grow)
+    known = [each for each in _known(folder) if each.lineage.section == section and each.lineage.sources]
+    same = [each for each in known if set(each.lineage.sources) == by_identity.keys()]
+    if same:
+        found = min(same, key=lambda each: each.fingerprint)
+        ordered = [by_identity[identity] for identity in found.lineage.sources]
+        return Start(found.fingerprint, section, ordered, found.lineage.base)
+    bases = [each for each in known if set(each.lineage.sources) < by_identity.keys()]
+    if not bases:
+        return alone
+    base = min(bases, key=lambda each: (-len(each.lineage.sources), each.fingerprint))
+    old = dict.fromkeys(base.lineage.sources)
+    ordered = [by_identity[identity] for identity in [*old, *(each for each in by_identity if each not in old)]]
+    mark = _digest([section, [_identity(location) for location in ordered], base.fingerprint])
+    return Start(mark, section, ordered, base.fingerprint, base.lineage)
+
+
+def _known(folder: Path | None) -> list[_Known]:
+    found = []
+    for manifest in folder.glob(f"*/{MANIFEST}") if folder else ():
+        try:
+            found.append(msgspec.json.decode(manifest.read_bytes(), type=_Known))
+        except (OSError, msgspec.DecodeError):  # damaged, of another version, or removed just now
+            continue
+    return found
+
+
+def _identity(location: Location) -> tuple[str, str]:
+    return location.name, f"{location.function or ''}{location.side or ''}:{files.checksum(location)}"
+
+
+def _digest(facts: object) -> str:
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(facts))[:16]

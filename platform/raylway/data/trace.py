@@ -1,0 +1,282 @@
+"""From a row id, or a file and line, back to the record in the source, and what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylway import storage
+from raylway.data import arrow_read, csv_read
+from raylway.data import prepare as data_prepare
+from raylway.data.files import Location, call, locate, zip_members
+from raylway.errors import UserError
+from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
+from raylway.job.load import LoadedJob
+
+QUARANTINE = Path("quarantine") / "rows.jsonl"
+
+
+@dataclass
+class Traced:
+    """One row of the source and what became of it."""
+
+    row_id: int
+    file: str
+    line: int
+    by_line: bool
+    fate: str
+    """In a sentence."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """The record's cells as they stand in the source; empty if it could not be read."""
+    raw: str = ""
+    """Of a record that could not be read: what the quarantine kept of it."""
+    types: dict[str, str] = field(default_factory=dict)
+    side: str = ""
+    numeric: dict[str, float] = field(default_factory=dict)
+    """The model's numbers."""
+    categorical: dict[str, int] = field(default_factory=dict)
+    """The model's codes."""
+    prediction: dict[str, Any] = field(default_factory=dict)
+    """Of a test row: what the run's model answered."""
+    changed: str = ""
+    """A sentence, if the source is no longer what was prepared."""
+
+
+def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | None) -> Traced:
+    """Follow one row.
+
+    Args:
+        prepared: The prepared data.
+        loaded: The job, whose source is read for this one record.
+        row: A row id, or `file:line` (of Parquet the row's number from 1).
+        predictions: The run's answers, if it has any.
+
+    Raises:
+        UserError: There is no such row, or the source is gone.
+    """
+    files = prepared.manifest.files
+    row_id = _row_id(row, files)
+    file, line = files[row_id >> LINE_BITS], row_id & ((1 << LINE_BITS) - 1)
+    location = _location(loaded, file, row_id >> LINE_BITS)
+    found = Traced(row_id, file, line, location.format == "csv", "")
+    if data_prepare.fingerprint(loaded) != prepared.manifest.fingerprint:
+        found.changed = "the source or the job has changed since it was prepared: what is shown may be another record"
+    found.record = _record(location, line)
+    found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
+    _add_fate(found, prepared)
+    if found.side == "test" and predictions is not None and predictions.exists():
+        rows = pq.read_table(predictions, filters=[("row_id", "=", row_id)]).to_pylist()
+        found.prediction = {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
+    return found
+
+
+def as_text(found: Traced) -> str:
+    """For people."""
+    place = f"{found.file}:{found.line}" if found.by_line else f"{found.file}, row {found.line}"
+    lines = [f"{place} (row id {found.row_id})", found.fate]
+    lines += [f"note: {found.changed}"] * bool(found.changed)
+    lines += [f"  as it stands: {found.raw}"] * bool(found.raw and not found.record)
+    width = max(map(len, found.record), default=0)
+    for name, cell in found.record.items():
+        shown = "(missing)" if cell is None else str(cell)
+        encoded = ""
+        if name in found.numeric:
+            encoded = f"  -> {found.numeric[name]:.6g}"
+        elif name in found.categorical:
+            code = found.categorical[name]
+            encoded = f"  -> code {code}" + (" (unknown)" if code == 0 else "")
+        lines.append(f"  {name:<{width}}  {found.types.get(name, ''):<8}{shown}{encoded}")
+    for name, value in found.numeric.items():
+        if name not in found.record:
+            lines.append(f"  {name:<{width}}  derived -> {value:.6g}")
+    for name, answer in found.prediction.items():
+        lines.append(f"  {name}: {answer:.6g}" if isinstance(answer, float) else f"  {name}: {answer}")
+    return "\n".join(lines)
+
+
+class Set(msgspec.Struct, frozen=True):
+    """Rows that were set aside, counted and listed."""
+
+    quarantined: int
+    duplicates: int
+    by_reason: dict[str, int]
+    by_column: dict[str, int]
+    by_file: dict[str, int]
+    rows: list[dict[str, Any]]
+    """Quarantined: file, line, column, reason, cell."""
+    duplicate_rows: list[dict[str, Any]]
+    """file, line, first_file, first_line."""
+
+
+def quarantined(folder: Path, limit: int) -> Set:
+    """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted."""
+    counts: tuple[Counter[str], Counter[str], Counter[str]] = Counter(), Counter(), Counter()
+    rows: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
+    total = 0
+    for record in _lines(folder / QUARANTINE):
+        total += 1
+        for count, key in zip(
+            counts, (record["reason"], record["column"] or "(whole row)", record["file"]), strict=True
+        ):
+            count[key] += 1
+        if len(rows) < limit:
+            rows.append(record)
+    copies = _duplicates(folder)
+    duplicates = copies.num_rows
+    files_by_index = storage.read_record(folder / MANIFEST, Manifest).files
+    for own, first in zip(*(copies[name][:limit].to_pylist() for name in copies.column_names), strict=True):
+        (file, line), (first_file, first_line) = _place(files_by_index, own), _place(files_by_index, first)
+        listed.append({"file": file, "line": line, "first_file": first_file, "first_line": first_line})
+    reasons, columns, files = (dict(count.most_common()) for count in counts)
+    return Set(total, duplicates, reasons, columns, files, rows, listed)
+
+
+def quarantine_text(found: Set, missing: int) -> str:
+    """For people."""
+    lines = [
+        f"{found.quarantined:,} rows in quarantine; {found.duplicates:,} duplicates listed; "
+        f"{missing:,} rows left out for a missing cell"
+    ]
+    for title, counts in (("reason", found.by_reason), ("column", found.by_column), ("file", found.by_file)):
+        lines += [f"  by {title}:"] * bool(counts)
+        lines += [f"    {count:>9,}  {name}" for name, count in list(counts.items())[:20]]
+    for row in found.rows:
+        column = f", column {row['column']!r}" if row["column"] else ""
+        lines.append(f"{row['file']}:{row['line']}{column}: {row['reason']}: {row['cell']!r}")
+    if len(found.rows) < found.quarantined:
+        lines.append(f"... and {found.quarantined - len(found.rows):,} more (--limit)")
+    for row in found.duplicate_rows:
+        lines.append(f"{row['file']}:{row['line']} equals {row['first_file']}:{row['first_line']}")
+    if len(found.duplicate_rows) < found.duplicates:
+        lines.append(f"... and {found.duplicates - len(found.duplicate_rows):,} more duplicates (--limit)")
+    return "\n".join(lines)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from map(msgspec.json.decode, lines)
+
+
+def _profile(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "profile.json"
+    columns: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes())["columns"] if path.exists() else []
+    return columns
+
+
+def _row_id(row: str, files: list[str]) -> int:
+    if row.isdigit():
+        row_id = int(row)
+        if row_id >> LINE_BITS < len(files):
+            return row_id
+        raise UserError("there is no such row id", where=row, expected=f"a row of {len(files)} file(s)")
+    name, _, line = row.rpartition(":")
+    matches = [index for index, file in enumerate(files) if file == name or file.endswith("/" + name)]
+    if not line.isdigit() or len(matches) != 1:
+        raise UserError(
+            "this does not name one row" if len(matches) < 2 else "more than one file is called so",
+            where=row,
+            expected="a row id, or file:line with a file of the source",
+            found=f"files: {', '.join(files[:10])}",
+            fix=f"such as {files[0]}:2" if files else "",
+        )
+    return (matches[0] << LINE_BITS) + int(line)
+
+
+def _location(loaded: LoadedJob, file: str, index: int) -> Location:
+    every: list[Location] = []
+    for location in locate(loaded):
+        every += zip_members(location) if location.compression == "zip" else [location]
+    named = [location for location in every if location.name == file]
+    if not named:
+        raise UserError(
+            "the source of this row is gone",
+            where=file,
+            expected=f"file {index + 1} of the prepared data",
+            found=", ".join(location.name for location in every[:10]),
+        )
+    return named[0]
+
+
+def _record(location: Location, line: int) -> dict[str, Any]:
+    """The cells of one record, empty if none begins there."""
+    if location.function:
+        table = call(location, location.name)
+        return table.slice(line - 1, 1).to_pylist()[0] if 0 < line <= table.num_rows else {}
+    if location.format == "parquet":
+        names, _, groups = arrow_read.footer(location)
+        before = 0
+        for group, (rows, _) in enumerate(groups):
+            if before < line <= before + rows:
+                return arrow_read.read_group(location, group, names).slice(line - before - 1, 1).to_pylist()[0]
+            before += rows
+        return {}
+    heading = csv_read.heading(location)
+    if heading is None:
+        return {}
+    for parsed in csv_read.read_stream(location, heading, csv_read.RANGE_BYTES):
+        at = np.flatnonzero(parsed.lines == line)
+        if len(at):
+            return {name: parsed.columns[name][int(at[0])].as_py() for name in heading.columns}
+        if len(parsed.lines) and parsed.lines[0] > line:
+            break
+    return {}
+
+
+def _add_fate(found: Traced, prepared: Prepared) -> None:
+    transform = prepared.manifest.transform
+    for split in SPLITS:
+        for shard in prepared.shards(split):
+            table = pa.ipc.open_file(pa.memory_map(str(prepared.folder / shard.file))).read_all()
+            ids = table["row_id"].combine_chunks().to_numpy()
+            at = int(np.searchsorted(ids, np.uint64(found.row_id)))
+            if at < len(ids) and ids[at] == found.row_id:
+                row = table.slice(at, 1).to_pylist()[0]
+                found.side = split
+                found.fate = f"kept, a {'training' if split == 'train' else split} row"
+                if len(transform.numeric) == len(row["numeric"]):
+                    names = [each.name for each in transform.numeric]
+                    found.numeric = dict(zip(names, row["numeric"], strict=True))
+                if len(transform.categorical) == len(row["categorical"]):
+                    names = [each.name for each in transform.categorical]
+                    found.categorical = dict(zip(names, row["categorical"], strict=True))
+                return
+    for record in _lines(prepared.folder / QUARANTINE):
+        if (record["file"], record["line"]) == (found.file, found.line):
+            column = f"column {record['column']!r}: " if record["column"] else ""
+            found.fate, found.raw = f"quarantined: {column}{record['reason']}", record["cell"] or ""
+            return
+    copies = _duplicates(prepared.folder)
+    ids = copies["row_id"].to_numpy()
+    at = int(np.searchsorted(ids, np.uint64(found.row_id)))
+    if at < len(ids) and int(ids[at]) == found.row_id:
+        file, line = _place(prepared.manifest.files, copies["first_row_id"][at].as_py())
+        found.fate = f"left out: a duplicate of {file}:{line}"
+        return
+    if not found.record:
+        raise UserError(
+            "no record begins there", where=f"{found.file}:{found.line}", fix="name a line where one begins"
+        )
+    empty = [name for name, cell in found.record.items() if cell is None]
+    if empty:
+        found.fate = f"left out: a cell is missing ({', '.join(empty)})"
+    else:
+        found.fate = "left out: a duplicate of an earlier row, or a cell that counts as missing"
+
+
+def _duplicates(folder: Path) -> pa.Table:
+    """`row_id` and `first_row_id` (uint64) of rows that repeat another, in the order of the ids; memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(folder / DUPLICATES))).read_all()
+
+
+def _place(files: list[str], row_id: int) -> tuple[str, int]:
+    return files[row_id >> LINE_BITS], row_id & ((1 << LINE_BITS) - 1)

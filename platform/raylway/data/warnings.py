@@ -1,0 +1,273 @@
+"""What ruins models, found in the data before anything is trained; every warning says what to do.
+
+Each test is sharp enough to stay silent on ordinary data: a warning that is often wrong is not read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylway.data.describe import SIDE, Column
+from raylway.data.split import TEST, TRAIN
+from raylway.features.profile import BINS, KS_LIMIT, PSI_LIMIT, bins, chi_square, ks, ks_chance, psi
+from raylway.features.schema import as_float64, canonical_text
+from raylway.features.signature import Task
+
+_NEARLY = 0.99
+"""A feature that alone is right so often, or ranks two classes so well, gives the target away."""
+_CORRELATED = 0.999
+_FEW = 10
+"""Fewer training rows of a class than these teach nothing and measure nothing."""
+_LEAST_ROWS = 50
+"""Of a sample: fewer prove nothing."""
+_CHANCE = 0.01
+"""How often the test of train against test may be wrong by chance, over all columns (Bonferroni)."""
+_ID_NAME = re.compile(r"(?:^|[_. -])(?:id|uuid|guid|key|index|rowid|rownum)$|[a-z]I[dD]$|^unnamed", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at.
+
+    Args:
+        columns: Of the source and derived, over all rows that could be read.
+        numeric: Numeric features.
+        categorical: Categorical features.
+        target: The target's name.
+        task: What the model does.
+        classes: Training rows by class; empty for regression or where it is not known yet.
+        split: How the rows were divided, in the words of the job file.
+        dropped: Columns that the job leaves out by name.
+    """
+
+    columns: dict[str, Column]
+    numeric: list[str]
+    categorical: list[str]
+    target: str
+    task: Task
+    classes: dict[str, int]
+    split: str
+    dropped: list[str]
+
+
+def find(subject: Subject, sample: pa.Table | None) -> list[str]:
+    """One sentence for each danger.
+
+    Args:
+        subject: The data and its roles.
+        sample: Typed source and derived columns of some kept rows with `SIDE`; None if there is none.
+    """
+    found = [*_identifiers(subject), *_constant(subject), *_mostly_missing(subject), *_small_classes(subject)]
+    if sample is not None and sample.num_rows:
+        found += [*_give_aways(subject, sample), *_different_sides(subject, sample), *_time_order(subject, sample)]
+    return found
+
+
+def looks_like_identifier(name: str, column: Column) -> str:
+    """Why a column of whole numbers is a counter or a key and no measurement; empty if it does not look like one.
+
+    The rule: at least 50 numbers, all whole and all different (beyond 4,096 values: nearly all), and either the column
+    is called like an identifier (id, customer_id, userId, index, key, uuid) or the numbers follow one another without
+    large gaps, at most twice as many places as numbers.
+    """
+    present = column.present
+    if column.type not in ("int64", "float64") or not column.whole or present < _LEAST_ROWS or column.infinite:
+        return ""
+    if column.distinct < present * (1 if column.is_exact else 0.93):
+        return ""
+    if _ID_NAME.search(name):
+        return "its whole numbers are different in every row and it is named like an identifier"
+    low, high = column.minimum, column.maximum
+    if low is not None and high is not None and high - low < 2 * present:
+        return "its whole numbers are different in every row and follow one another like a counter"
+    return ""
+
+
+def _identifiers(subject: Subject) -> Iterator[str]:
+    for name in subject.numeric:
+        if why := looks_like_identifier(name, subject.columns[name]):
+            yield (
+                f"column {name!r} looks like an identifier and is used as a feature: {why}. A model can learn the rows "
+                "by heart from it; list it under data.features.drop unless it measures something"
+            )
+    for name in subject.categorical:
+        column = subject.columns[name]
+        if column.present >= _LEAST_ROWS and column.distinct > max(100, column.present / 2):
+            yield (
+                f"column {name!r} is used as a category although most of its {column.distinct:,} values stand in one "
+                "row only: new rows will hold values that training never saw; list it under data.features.drop"
+            )
+
+
+def _constant(subject: Subject) -> Iterator[str]:
+    for name in (*subject.numeric, *subject.categorical):
+        column = subject.columns[name]
+        if column.distinct == 1 and not column.infinite:
+            missing = " where it is not missing" if column.missing else ""
+            yield (
+                f"column {name!r} is constant: it holds {column.examples[0]!r} in every row{missing} and can teach "
+                "nothing; list it under data.features.drop, or see whether the source holds all its rows"
+            )
+
+
+def _mostly_missing(subject: Subject) -> Iterator[str]:
+    for name in (*subject.numeric, *subject.categorical):
+        column = subject.columns[name]
+        if column.rows >= _FEW and column.missing > column.rows / 2:
+            yield (
+                f"column {name!r} misses {column.missing / column.rows:.0%} of its cells; with clean.missing: drop "
+                "their rows are lost, with impute most of its values are made up. List it under data.features.drop, or "
+                "set data.transform.indicator if it matters that the cell is empty"
+            )
+
+
+def _small_classes(subject: Subject) -> Iterator[str]:
+    small = [f"{name} ({rows})" for name, rows in subject.classes.items() if rows < _FEW]
+    if small:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        yield (
+            f"few training rows of some classes of {subject.target!r}: {', '.join(small[:5])}{more}; the model hardly "
+            f"learns them and their metrics are noise. Collect more, join small classes, or see train.balance"
+        )
+
+
+def _give_aways(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    target = sample[subject.target]
+    classes = None
+    if subject.task == "classification":
+        classes = canonical_text(target).dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    aim = as_float64(target) if classes is None else np.zeros(0)
+    for name in (*subject.numeric, *subject.categorical):
+        is_number = name in subject.numeric
+        codes = _cells(sample[name], is_number)
+        missing = pc.is_null(sample[name]).to_numpy()
+        if classes is not None:
+            found = _tells_classes(codes, is_number, classes)
+            by_absence = _tells_classes(missing.astype(np.int64), False, classes) if missing.any() else ""
+        else:
+            found = _tells_number(codes, aim) if is_number else ""
+            by_absence = _tells_number(missing.astype(float), aim) if missing.any() else ""
+        if by_absence:
+            yield (
+                f"column {name!r} gives the target {subject.target!r} away by being empty: {by_absence}. It is "
+                "probably filled in after the event; list it under data.features.drop if it is not known by then"
+            )
+        elif found:
+            yield (
+                f"column {name!r} nearly equals the target {subject.target!r}: {found}. It probably holds the answer "
+                "or is only known after it; list it under data.features.drop if a new row would not have it"
+            )
+
+
+def _cells(column: pa.ChunkedArray, is_number: bool) -> np.ndarray:
+    """Numbers as float64 with NaN for missing, categories as int64 codes with -1 for missing."""
+    if is_number:
+        return as_float64(column)
+    encoded = canonical_text(column).dictionary_encode()
+    return pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _tells_classes(cells: np.ndarray, is_number: bool, classes: np.ndarray) -> str:
+    """Why one feature alone tells the classes apart: a rule learnt on every second row, tried on the others; or for two
+    classes how well its numbers rank them. Empty if it does not."""
+    sizes = np.bincount(classes)
+    if len(classes) < _LEAST_ROWS or len(sizes) < 2 or len(classes) - sizes.max() < 20:
+        return ""
+    if is_number and len(sizes) == 2:
+        there = ~np.isnan(cells)
+        area = _ranked(cells[there], classes[there] == 1)
+        if max(area, 1 - area) > _NEARLY:
+            return f"its order alone ranks the classes with a ROC-AUC of {max(area, 1 - area):.4f}"
+    codes = _binned(cells) if is_number else cells + 1
+    if codes.max() > len(codes) / 4:
+        return ""  # so many values that a rule by value is no rule
+    table = np.zeros((codes.max() + 1, len(sizes)), np.int64)
+    np.add.at(table, (codes[::2], classes[::2]), 1)
+    right = float((table.argmax(axis=1)[codes[1::2]] == classes[1::2]).mean())
+    wrong_before = 1 - float((classes[1::2] == sizes.argmax()).mean())
+    if right > _NEARLY and 1 - right < wrong_before / 10:
+        return f"the class that goes with its value is right in {right:.1%} of rows that the rule was not made from"
+    return ""
+
+
+def _tells_number(cells: np.ndarray, aim: np.ndarray) -> str:
+    both = np.isfinite(cells) & np.isfinite(aim)
+    if both.sum() < _LEAST_ROWS or not cells[both].std() or not aim[both].std():
+        return ""
+    together = float(np.corrcoef(cells[both], aim[both])[0, 1])
+    return f"their correlation is {together:.5f}" if abs(together) > _CORRELATED else ""
+
+
+def _ranked(values: np.ndarray, positive: np.ndarray) -> float:
+    """ROC-AUC of values against two classes; ties count half (Mann and Whitney 1947)."""
+    first, second = int(positive.sum()), int((~positive).sum())
+    if min(first, second) < 20:
+        return 0.5
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return float((ranks[positive].sum() - first * (first + 1) / 2) / (first * second))
+
+
+def _binned(values: np.ndarray) -> np.ndarray:
+    """The bin of each number among 32 with as many rows each; 0 for a missing one."""
+    present = values[~np.isnan(values)]
+    if not len(present):
+        return np.zeros(len(values), np.int64)
+    edges = np.unique(np.quantile(present, np.arange(1, 32) / 32, method="higher"))
+    return np.where(np.isnan(values), 0, np.searchsorted(edges, values, side="right") + 1)
+
+
+def _time_order(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    """Rows that stand in the order of a column of dates, split by chance. Dates in one form compare as their texts."""
+    if subject.split in ("time", "group", "column", "files"):
+        return
+    for name, column in subject.columns.items():
+        if not column.is_date or name in subject.dropped or name == subject.target:
+            continue
+        dates = sample[name].drop_null().to_pylist()
+        rises = sum(first < second for first, second in itertools.pairwise(dates))
+        falls = sum(first > second for first, second in itertools.pairwise(dates))
+        if rises >= _LEAST_ROWS and falls <= rises / 100:
+            yield (
+                f"the rows stand in the order of the dates in {name!r} and are split by chance: test rows lie between "
+                f"training rows of the same days, which flatters a model that is to foresee. Write data.split: {{by: "
+                f"time, column: {name}}}, or list {name!r} under data.features.drop if time does not matter"
+            )
+
+
+def _different_sides(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    side = sample[SIDE].to_numpy()
+    names = [*subject.numeric, *subject.categorical]
+    if min((side == TRAIN).sum(), (side == TEST).sum()) < _LEAST_ROWS:
+        return
+    found = []
+    for name in names:
+        cells = _cells(sample[name], name in subject.numeric)
+        train, test = cells[side == TRAIN], cells[side == TEST]
+        if name in subject.numeric:
+            train, test = train[~np.isnan(train)], test[~np.isnan(test)]
+            if min(len(train), len(test)) >= _LEAST_ROWS:
+                edges = np.unique(np.quantile(train, np.arange(1, 5 * BINS) / (5 * BINS), method="higher")).tolist()
+                apart = ks(bins(edges, train), bins(edges, test))
+                if apart > KS_LIMIT and ks_chance(apart, len(train), len(test)) < _CHANCE / len(names):
+                    found.append((apart, f"{name} (KS {apart:.2f})"))
+        elif cells.max() >= 0:
+            counts = [np.bincount(part[part >= 0], minlength=cells.max() + 1) for part in (train, test)]
+            apart = psi(*counts)
+            if apart > PSI_LIMIT and chi_square(*counts) < _CHANCE / len(names):
+                found.append((apart, f"{name} (PSI {apart:.2f})"))
+    if found:
+        found.sort(key=lambda each: (-each[0], each[1]))
+        listed = ", ".join(text for _, text in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        yield (
+            f"train and test differ in {listed}, more than chance explains, under the split by {subject.split}: the "
+            "test metrics measure other rows than those that the model learnt. Right for a split by time or group that "
+            "you want; otherwise split at random or leave these columns out"
+        )

@@ -1,0 +1,174 @@
+"""Preparation that is killed, that loses a worker, or that runs elsewhere: the same bytes, and nothing read twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylway.data import csv_read, engine, items, passes, pieces, prepare
+from raylway.features.prepared import Prepared
+from raylway.job.load import load_job
+from raylway.runs.progress import Reporter
+from tests.test_prepare import contents, dirty, write_parts
+
+DATA: dict[str, Any] = {"source": "in", "target": "label", "clean": {"missing": "impute"}}
+
+
+def prepared(folder: Path) -> Prepared:
+    path = folder / "job.yaml"
+    path.write_text(json.dumps({"name": "made", "data": DATA}))
+    return prepare.prepare(load_job(path), folder / "runs", Reporter("lines", io.StringIO()))
+
+
+def place(tmp_path: Path, name: str) -> Path:
+    """A folder with the same source as every other."""
+    if not (tmp_path / "in").exists():
+        write_parts(dirty(900), tmp_path / "in", 4)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "in").symlink_to(tmp_path / "in")
+    return tmp_path / name
+
+
+def test_threads_and_ray_give_the_same_bytes(tmp_path, monkeypatch, ray_session):
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    found = []
+    for name, few in (("threads", 10_000), ("ray", 0)):
+        monkeypatch.setattr(engine, "FEW", few)
+        found.append(contents(prepared(place(tmp_path, name)).folder))
+    assert len(found[0]) > 20 and found[0] == found[1]
+
+
+def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeypatch, ray_session):
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    monkeypatch.setattr(engine, "FEW", 0)
+    expected = contents(prepared(place(tmp_path, "whole")).folder)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    real_read, real_write = passes.read, passes.write
+
+    def die_once(name: str) -> None:
+        if not (marks / name).exists():
+            (marks / name).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read(keyed, **given):
+        if keyed.item.index == 3:
+            die_once("read")
+        return real_read(keyed, **given)
+
+    def write(task, **given):
+        result = real_write(task, **given)
+        if task.facts.item == 2:
+            die_once("write")
+        return result
+
+    monkeypatch.setattr(passes, "read", read)
+    monkeypatch.setattr(passes, "write", write)
+    found = contents(prepared(place(tmp_path, "broken")).folder)
+    killed = {path.name: int(path.read_text()) for path in marks.iterdir()}
+    assert killed.keys() == {"read", "write"} and os.getpid() not in killed.values()
+    assert found == expected
+
+
+SCRIPT = """
+    import io, sys, time
+    from pathlib import Path
+    from raylway.data import csv_read, engine, items, prepare
+    from raylway.job.load import load_job
+    from raylway.runs.progress import Reporter
+    csv_read.RANGE_BYTES, engine.FEW = 2_000, 10_000
+    real = items.read
+    def slow(item, reading):
+        time.sleep(0.2)
+        yield from real(item, reading)
+    items.read = slow
+    folder = Path(sys.argv[1])
+    prepare.prepare(load_job(folder / "job.yaml"), folder / "runs", Reporter("lines", io.StringIO()))
+"""
+
+
+def test_after_a_kill_nothing_that_was_finished_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    monkeypatch.setattr(engine, "FEW", 10_000)
+    expected = contents(prepared(place(tmp_path, "whole")).folder)
+    folder = place(tmp_path, "killed")
+    (folder / "job.yaml").write_text(json.dumps({"name": "made", "data": DATA}))
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)])
+    kept = folder / "runs" / "prepared" / pieces.FOLDER
+    until = time.monotonic() + 60
+    while len(list(kept.glob("*/facts"))) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = {path.parent.name for path in kept.glob("*/facts")}
+    assert len(finished) >= 4 and not list(kept.parent.glob("*/manifest.json"))
+    (damaged,) = sorted(finished)[:1]
+    (kept / damaged / "0.arrow").write_bytes(b"cut short by a power cut")
+
+    read: list[str] = []
+    real_keyed, real_read, keys = pieces.keyed, items.read, {}
+
+    def keyed(item, reading):
+        result = real_keyed(item, reading)
+        keys[item.index] = result.key
+        return result
+
+    def counted(item, reading):
+        read.append(keys[item.index])
+        return real_read(item, reading)
+
+    monkeypatch.setattr(pieces, "keyed", keyed)
+    monkeypatch.setattr(items, "read", counted)
+    assert contents(prepared(folder).folder) == expected
+    assert sorted(read) == sorted(set(keys.values()) - finished | {damaged}) and len(read) < len(keys)
+
+
+def test_pieces_go_when_nobody_names_them(tmp_path, monkeypatch):
+    folder = place(tmp_path, "one")
+    first = prepared(folder)
+    kept = folder / "runs" / "prepared" / pieces.FOLDER
+    keys = {path.name for path in kept.iterdir() if path.is_dir()}
+    assert keys == set(json.loads((first.folder / pieces.USED).read_text()))
+    stray = kept / "0123"
+    stray.mkdir()
+    pieces.sweep(kept.parent, [])
+    assert stray.exists()  # a killed preparation may still want it
+    os.utime(stray, (0, 0))
+    for key in keys:
+        os.utime(kept / key, (0, 0))
+    with pieces.in_use(kept.parent):
+        pieces.sweep(kept.parent, [])
+    assert stray.exists()  # some preparation runs
+    pieces.sweep(kept.parent, [])
+    assert {path.name for path in kept.iterdir() if path.is_dir()} == keys
+
+
+def test_pieces_of_a_job_that_names_one_file_do_not_stay(tmp_path):
+    dirty(100).to_csv(tmp_path / "in.csv", index=False)
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({"name": "made", "data": DATA | {"source": "in.csv"}}))
+    prepare.prepare(load_job(path), tmp_path / "runs", Reporter("lines", io.StringIO()))
+    assert not [each for each in (tmp_path / "runs" / "prepared" / pieces.FOLDER).iterdir() if each.is_dir()]
+
+
+def test_a_failure_in_a_task_reaches_the_driver_from_threads_and_from_ray(monkeypatch, ray_session):
+    from raylway.errors import UserError
+
+    def fail(part):
+        raise UserError("the made mistake", where=part.name)
+
+    from raylway.data.files import Location
+
+    for few in (10, 0):
+        with pytest.raises(UserError, match="here: the made mistake"):
+            engine.run(fail, [Location("here", "/")] * 3, Location, few=few)

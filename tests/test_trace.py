@@ -1,0 +1,188 @@
+"""Every row of a source can be followed to what became of it, and back; the leak test sees what is broken."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from raylway import cli
+from raylway.data import prepare, trace
+from raylway.data.leaks import Contents, leak_test
+from raylway.errors import UserError
+from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared
+from raylway.job.load import LoadedJob, load_job
+from raylway.runs.progress import Reporter
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+TEXT = 'size,note,answer\n1.5,"two\nlines",yes\nx,a,no\n,b,no\n'
+
+
+def job(folder: Path, source: str = "rows.csv", **data: Any) -> LoadedJob:
+    path = folder / "job.yaml"
+    clean = {"max_invalid": "5%"}
+    described = {"source": source, "target": "answer", "clean": clean, **data}
+    path.write_text(json.dumps({"name": "made", "storage": str(folder / "runs"), "data": described}))
+    return load_job(path)
+
+
+def made(folder: Path, loaded: LoadedJob) -> Prepared:
+    return prepare.prepare(loaded, folder / "runs", Reporter("lines", io.StringIO()))
+
+
+def rows() -> pd.DataFrame:
+    rng = np.random.default_rng(4)
+    frame = pd.DataFrame({"size": rng.normal(size=80).round(4), "note": rng.choice(["a", "b", "c"], 80)})
+    frame["answer"] = rng.choice(["yes", "no"], 80)
+    return frame
+
+
+def csv(folder: Path) -> LoadedJob:
+    """Rows 2 to 5 by hand (a cell over two lines, a bad one, a missing one), then ordinary ones from line 6."""
+    (folder / "rows.csv").write_text(TEXT + rows().to_csv(index=False, header=False))
+    return job(folder)
+
+
+def test_each_row_of_a_csv_file_is_found_with_its_fate(tmp_path: Path) -> None:
+    loaded = csv(tmp_path)
+    prepared = made(tmp_path, loaded)
+    found = trace.trace(prepared, loaded, "2", None)
+    assert (found.file, found.line, found.record) == (
+        "rows.csv",
+        2,
+        {"size": "1.5", "note": "two\nlines", "answer": "yes"},
+    )
+    assert found.side in SPLITS and found.fate.startswith("kept, a ")
+    frame = rows()
+    encoded = {}
+    for split in SPLITS:
+        numeric, categorical, _, ids = prepared.rows(split).take(np.arange(len(prepared.rows(split))))
+        encoded |= {int(i): (split, n.tolist(), c.tolist()) for i, n, c in zip(ids, numeric, categorical, strict=True)}
+    for at in range(len(frame)):
+        line = 6 + at
+        found = trace.trace(prepared, loaded, f"rows.csv:{line}", None)
+        assert float(found.record["size"]) == frame["size"][at] and found.record["answer"] == frame.answer[at]
+        if line in encoded:
+            assert (found.side, list(found.numeric.values()), list(found.categorical.values())) == encoded[line]
+    bad = trace.trace(prepared, loaded, "rows.csv:4", None)
+    assert bad.fate == "quarantined: column 'size': no number" and bad.raw == "x"
+    empty = trace.trace(prepared, loaded, "rows.csv:5", None)
+    assert empty.fate == "left out: a cell is missing (size)"
+    assert "rows.csv:5 (row id 5)" in trace.as_text(empty) and "(missing)" in trace.as_text(empty)
+
+
+def test_each_row_of_a_parquet_file_is_found(tmp_path: Path) -> None:
+    rows().to_parquet(tmp_path / "rows.parquet", row_group_size=30)
+    loaded = job(tmp_path, "rows.parquet")
+    prepared = made(tmp_path, loaded)
+    for at in (0, 29, 30, 79):
+        found = trace.trace(prepared, loaded, f"rows.parquet:{at + 1}", None)
+        assert found.record == rows().iloc[at].to_dict()
+        assert found.by_line is False and f"rows.parquet, row {at + 1}" in trace.as_text(found)
+
+
+def test_what_names_no_row(tmp_path: Path) -> None:
+    loaded = csv(tmp_path)
+    prepared = made(tmp_path, loaded)
+    with pytest.raises(UserError, match="there is no such row id"):
+        trace.trace(prepared, loaded, str(1 << LINE_BITS), None)
+    with pytest.raises(UserError, match="this does not name one row"):
+        trace.trace(prepared, loaded, "others.csv:2", None)
+    with pytest.raises(UserError, match="no record begins there"):
+        trace.trace(prepared, loaded, "rows.csv:3", None)
+    with pytest.raises(UserError, match="no record begins there"):
+        trace.trace(prepared, loaded, "rows.csv:1000", None)
+
+
+def test_a_source_that_has_changed_is_said_and_a_missing_one_an_error(tmp_path: Path) -> None:
+    loaded = csv(tmp_path)
+    prepared = made(tmp_path, loaded)
+    (tmp_path / "rows.csv").write_text("size,note,answer\n9,z,no\n")
+    found = trace.trace(prepared, loaded, "2", None)
+    assert found.changed.startswith("the source or the job has changed since it was prepared")
+    assert "note: the source or the job has changed" in trace.as_text(found)
+
+
+def test_the_quarantine_is_counted_and_listed(tmp_path: Path) -> None:
+    prepared = made(tmp_path, csv(tmp_path))
+    shown = CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml")])
+    assert shown.exit_code == 0, shown.output
+    assert "1 rows in quarantine; " in shown.output and "1 rows left out for a missing cell" in shown.output
+    assert "rows.csv:4, column 'size': no number: 'x'" in shown.output
+    copies = pa.table({"row_id": pa.array([9, 10, 11], pa.uint64()), "first_row_id": pa.array([2, 2, 3], pa.uint64())})
+    with pa.ipc.new_file(str(prepared.folder / DUPLICATES), copies.schema) as writer:
+        writer.write_table(copies)
+    found = json.loads(
+        CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--json", "--limit", "2"]).output
+    )
+    assert (found["quarantined"], found["duplicates"], len(found["duplicate_rows"])) == (1, 3, 2)
+    assert found["duplicate_rows"][0] == {"file": "rows.csv", "line": 9, "first_file": "rows.csv", "first_line": 2}
+    assert found["by_reason"] == {"no number": 1} and found["by_column"] == {"size": 1}
+    shown = CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--limit", "0"])
+    assert "... and 1 more (--limit)" in shown.output and "... and 3 more duplicates (--limit)" in shown.output
+
+
+def test_show_prints_a_row_and_names_what_is_not_prepared(tmp_path: Path) -> None:
+    made(tmp_path, csv(tmp_path))
+    shown = CliRunner().invoke(cli.app, ["show", str(tmp_path / "job.yaml"), "--row", "2", "--json"])
+    assert json.loads(shown.output)["record"]["size"] == "1.5"
+    shown = CliRunner().invoke(cli.app, ["show", str(tmp_path / "job.yaml"), "--row", "6"])
+    assert shown.output.startswith("rows.csv:6 (row id 6)\nkept, a ")
+    (tmp_path / "rows.csv").write_text("size,note,answer\n9,z,no\n")
+    shown = CliRunner().invoke(cli.app, ["show", str(tmp_path / "job.yaml"), "--row", "6"])
+    assert isinstance(shown.exception, UserError) and "the prepared data is not there" in str(shown.exception)
+
+
+def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
+    prepared = made(tmp_path, csv(tmp_path))
+    manifest = prepared.manifest
+    assert manifest.leak_test is not None and manifest.leak_test.passed
+    assert manifest.leak_test == LeakTest(manifest.account.kept, manifest.account.kept, 0, 0, 0)
+    sides = {split: prepared.rows(split).take(np.arange(len(prepared.rows(split))))[3] for split in SPLITS}
+    ids = np.sort(np.concatenate(list(sides.values())))
+    hashes = np.stack([ids * np.uint64(0x9E3779B97F4A7C15), ids], axis=1)
+
+    def broken(contents: Contents) -> LeakTest:
+        return leak_test(prepared.folder, manifest.shards, len(ids), [contents])
+
+    assert broken(Contents(ids, hashes)).passed
+    equal = hashes.copy()
+    train, test = (np.searchsorted(ids, sides[split][0]) for split in ("train", "test"))
+    equal[train] = equal[test]
+    assert broken(Contents(ids, equal)) == LeakTest(len(ids), len(ids), 0, 0, 1)
+    group = ids.copy()
+    assert broken(Contents(ids, hashes, group=group)).groups_on_two_sides == 0
+    group[train] = group[test]
+    assert broken(Contents(ids, hashes, group=group)).groups_on_two_sides == 1
+    order = {int(row): number for number, split in enumerate(SPLITS) for row in sides[split]}
+    instant = np.array([order[int(row)] for row in ids], float)
+    assert broken(Contents(ids, hashes, instant=instant)).out_of_order == 0
+    instant[train] = 5
+    found = broken(Contents(ids, hashes, instant=instant))
+    assert found.out_of_order == 1 and not found.passed
+    more = np.append(ids, np.uint64(10**6))
+    assert broken(Contents(more, np.append(hashes, hashes[-1:] + np.uint64(1), axis=0))).unplaced == 1
+    (first,) = prepared.shards("test")
+    twice = [*manifest.shards, msgspec.structs.replace(first, split="train")]
+    assert leak_test(prepared.folder, twice, len(ids), [Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+
+
+def test_the_profile_is_of_the_columns_and_in_the_manifest(tmp_path: Path) -> None:
+    prepared = made(tmp_path, csv(tmp_path))
+    columns = json.loads((prepared.folder / "profile.json").read_bytes())["columns"]
+    by_name = {column["name"]: column for column in columns}
+    assert [column["role"] for column in columns] == ["numeric", "categorical", "target"]
+    assert by_name["size"]["missing"] == 1 and sum(by_name["size"]["histogram"]) == prepared.manifest.account.kept
+    profile = prepared.manifest.profile
+    assert profile is not None and profile.rows == prepared.manifest.account.train
+    assert [each.name for each in profile.numbers] == ["size"]
+    assert isinstance(pa.array(profile.numbers[0].edges), pa.DoubleArray)
