@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -103,15 +102,6 @@ def checksum(location: Location) -> str:
     return _checksum(location.path, status.st_size, status.st_mtime_ns)
 
 
-def opened(location: Location) -> BinaryIO:
-    """The file's own bytes, to be read from any position.
-
-    Raises:
-        UserError: It is gone, or was changed since it was found.
-    """
-    return remote.opened(location) if location.is_remote else Path(location.path).open("rb")
-
-
 @functools.lru_cache(maxsize=100_000)
 def _checksum(path: str, size: int, mtime_ns: int) -> str:
     return storage.checksum(Path(path))
@@ -139,8 +129,7 @@ def _find_one(text: str, bases: list[Path], where: str, declared: Format | None)
 def _members(location: Location) -> list[Location]:
     if location.compression != "zip" or location.function:
         return [location]
-    with opened(location) as file:
-        return packed.zip_members(location, file)
+    return packed.zip_members(location)
 
 
 def _check_readable(location: Location, where: str) -> None:

@@ -7,7 +7,7 @@ import glob
 import importlib.util
 from pathlib import Path
 
-from raylway.data.location import ENDINGS, Format, Location, format_of, is_data, is_hidden
+from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden
 from raylway.errors import UserError
 
 
@@ -40,7 +40,7 @@ def find(path: str, text: str, bases: list[Path], where: str, declared: Format |
             return _folder(candidate, text, where, declared)
         if glob.has_magic(path):
             found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
-            if files := [file for file in found if file.is_file() and is_data(file.name, declared)]:
+            if files := _chosen([file for file in found if file.is_file()], declared):
                 # the glob's own words up to its first wildcard, then what was found
                 fixed = Path(*_until_magic(Path(path).expanduser()))
                 shown = text[: len(text) - len(path)]
@@ -73,14 +73,15 @@ def find_in_package(rest: str, text: str, where: str, declared: Format | None) -
 
 
 def _folder(folder: Path, text: str, where: str, declared: Format | None) -> list[Location]:
-    files = [
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and is_data(file.name, declared) and not is_hidden(file.relative_to(folder).as_posix())
-    ]
+    every = [file for file in folder.rglob("*") if file.is_file()]
+    files = _chosen([file for file in every if not is_hidden(file.relative_to(folder).as_posix())], declared)
     if not files:
         raise UserError("the folder holds no data file", where=where, expected=f"files ending in {ENDINGS}", found=text)
     return [_found(file, folder, text.rstrip("/"), declared) for file in files]
+
+
+def _chosen(files: list[Path], declared: Format | None) -> list[Path]:
+    return [Path(name) for name in chosen([str(file) for file in files], declared)]
 
 
 def _found(file: Path, base: Path, shown: str, declared: Format | None) -> Location:

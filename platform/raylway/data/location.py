@@ -100,9 +100,17 @@ def format_of(name: str) -> Format | None:
     return _ENDINGS.get(path.suffix)
 
 
-def is_data(name: str, declared: Format | None) -> bool:
-    """Whether a file of a folder is one to read."""
-    return declared is not None or format_of(name) is not None
+def chosen(names: list[str], declared: Format | None) -> list[str]:
+    """The data files among those of a folder, glob or archive.
+
+    By their endings; where the job names the format, those with an ending of it, or all if there is none. Text files
+    (`.txt`) beside other data are notes about it.
+    """
+    formats = {name: format_of(name) for name in names}
+    if declared:
+        return [name for name in names if formats[name] == declared] or names
+    data = [name for name in names if formats[name]]
+    return [name for name in data if formats[name] != "text"] or data
 
 
 def is_hidden(path: str) -> bool:
