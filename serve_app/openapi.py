@@ -70,7 +70,7 @@ def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
 
 def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
     """JSON Schemas (draft 2020-12) of requests, answers and errors."""
-    categories = {feature.name: feature.categories for feature in bundle.record.transform.categorical}
+    categories = {feature.column: feature.known for feature in bundle.record.transform.categorical}
     values = {each.name: _value(each, categories.get(each.name, [])) for each in signature.inputs}
     row = {
         "type": "object",
@@ -106,9 +106,11 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
 
 
 def _value(each: Input, categories: list[str]) -> Schema:
-    kinds = ["number"] if each.type == "number" else ["string", "number", "boolean"]
+    kinds = {"number": ["number"], "category": ["string", "number", "boolean"], "date": ["string"]}[each.type]
     schema: Schema = {"type": kinds if each.required else [*kinds, "null"]}
-    if categories:
+    if each.type == "date":
+        schema["description"] = "a date or time in ISO 8601, such as 2013-01-01T05:00:00Z; without a zone it is UTC"
+    elif categories:
         shown = ", ".join(categories[:_MOST_CATEGORIES]) + (", …" if len(categories) > _MOST_CATEGORIES else "")
         schema["description"] = f"known: {shown}; another one is accepted as unknown"
     return schema

@@ -93,6 +93,10 @@ class Service:
     async def _predict(self, body: bytes) -> bytes:
         try:
             form, rows = self._reader.read(body)
+            # in a thread: a function of the user's may take its time
+            derives = self._predictor.bundle.record.transform.derive
+            if derives and (problems := await asyncio.to_thread(self._predictor.problems, rows)):
+                raise InvalidRows(problems)
             outputs = await self._batcher.submit(rows)
             return msgspec.json.encode(self._answer(form, outputs))
         except NotJson as error:

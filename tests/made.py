@@ -11,9 +11,13 @@ import pyarrow as pa
 import torch
 
 from raylway.bundle import artefact
+from raylway.features.derive import derived, parsed
+from raylway.features.fit import fit
+from raylway.features.plan import FitPlan, treatments
 from raylway.features.prepared import Account, Manifest
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import Statistics, Target, Transform, derived, fit
+from raylway.features.transform import Transform
+from raylway.job import schema
 from raylway.models import registry
 from raylway.runs.run import RunRecord
 
@@ -46,33 +50,48 @@ def made(
     inputs: dict[str, str],
     spec: registry.ModelSpec | None = None,
     steps: int = 300,
-    optional: tuple[str, ...] = (),
     derive: dict[str, str] | None = None,
+    section: schema.Transform | None = None,
 ) -> Made:
     """Fit a transform and train a small network on a table.
 
     Args:
         table: Training rows, features and target.
         target: A text column for classification, a number for regression.
-        inputs: Type of each raw input by name; derived features are numbers.
+        inputs: Type of each raw input by name, with a `?` behind it if a row may lack it; derived features are numbers.
         spec: The network, a small mlp if left out.
         steps: Full-batch Adam steps.
-        optional: Inputs that a row may lack.
         derive: Derived features by name.
+        section: The job's `data.transform`.
     """
     derive = derive or {}
+    optional = [name for name, kind in inputs.items() if kind.endswith("?")]
+    inputs = {name: kind.rstrip("?") for name, kind in inputs.items()}
     numeric = [name for name, kind in inputs.items() if kind == "number"] + list(derive)
     categorical = [name for name, kind in inputs.items() if kind == "category"]
     raw = table[target]
-    if pa.types.is_string(raw.type):
-        aim = Target(target, "classification", sorted(set(raw.to_pylist())), 0.0, 1.0)
-    else:
-        values = raw.to_numpy()
-        aim = Target(target, "regression", [], float(values.mean()), float(values.std()))
-    whole = derived(table, derive)
-    transform = fit(Statistics.of(whole, numeric, categorical), derive, aim)
+    is_text = pa.types.is_string(raw.type)
+    date = [name for name, kind in inputs.items() if kind == "date"]
+    plan = FitPlan(
+        derive=derive,
+        served=list(derive),
+        numeric=numeric,
+        categorical=categorical,
+        date=date,
+        behind=[],
+        columns=treatments(section or schema.Transform(), numeric, categorical, date),
+        target=target,
+        task="classification" if is_text else "regression",
+        classes=sorted(set(raw.to_pylist())) if is_text else [],
+        drops_missing=not optional,
+    )
+    whole = derived(table, parsed(derive))
+    transform = fit([whole], plan)
     signature = Signature(
-        aim.task, target, [Input(name, kind, name not in optional) for name, kind in inputs.items()], aim.classes
+        plan.task,
+        target,
+        [Input(name, kind, name not in optional) for name, kind in inputs.items()],  # type: ignore[arg-type]
+        plan.classes,
     )
     spec = spec or registry.ModelSpec("mlp", {"hidden": [16], "dropout": 0.1})
     torch.manual_seed(0)
@@ -129,8 +148,8 @@ def price() -> Made:
             "price": 1000 * size + np.where(place == "EU", 50_000.0, 0.0),
         }
     )
-    inputs = {"size": "number", "rooms": "number", "place": "category"}
-    return made(table, "price", inputs, optional=("rooms", "place"), steps=600)
+    inputs = {"size": "number", "rooms": "number?", "place": "category?"}
+    return made(table, "price", inputs, steps=600)
 
 
 def article() -> Made:

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from raylway import storage
-from raylway.features import transform
+from raylway.features.fit import fit
+from raylway.features.plan import FitPlan, treatments
 from raylway.features.prepared import MANIFEST, SPLITS, Account, Manifest, Prepared, Shard, shard_schema
-from raylway.features.schema import as_float64, canonical_text, sorted_names
+from raylway.features.schema import canonical_text, sorted_names
 from raylway.features.signature import Input, Signature
 from raylway.job.load import load_job
+from raylway.job.schema import Transform as Section
 from raylway.runs.run import Run
 
 ROWS_A_SHARD = 100
@@ -32,8 +34,22 @@ def make(folder: Path, splits: dict[str, pa.Table], target: str, **account: int)
     names = [name for name in train.column_names if name != target]
     numeric = [name for name in names if not pa.types.is_string(train[name].type)]
     categorical = [name for name in names if name not in numeric]
-    fitted = transform.fit(transform.Statistics.of(train, numeric, categorical), {}, _target(splits, target))
-    classes, shards, row = fitted.target.classes, [], 2
+    classes = _classes(splits, target)
+    plan = FitPlan(
+        derive={},
+        served=[],
+        numeric=numeric,
+        categorical=categorical,
+        date=[],
+        behind=[],
+        columns=treatments(Section(), numeric, categorical, []),
+        target=target,
+        task="classification" if classes else "regression",
+        classes=classes,
+        drops_missing=True,
+    )
+    fitted = fit([train], plan)
+    shards, row = [], 2
     counts = {}
     for split in SPLITS:
         encoded, values = fitted.encode(splits[split]), fitted.encode_target(splits[split][target])
@@ -81,9 +97,6 @@ def make_run(folder: Path, prepared: Prepared, **keys: str) -> Run:
     return run
 
 
-def _target(splits: dict[str, pa.Table], name: str) -> transform.Target:
+def _classes(splits: dict[str, pa.Table], name: str) -> list[str]:
     column = pa.concat_tables([table.select([name]) for table in splits.values()])[name]
-    if pa.types.is_string(column.type):
-        return transform.Target(name, "classification", sorted_names(set(canonical_text(column).to_pylist())), 0.0, 1.0)
-    values = as_float64(splits["train"][name])
-    return transform.Target(name, "regression", [], float(values.mean()), float(values.std()) or 1.0)
+    return sorted_names(set(canonical_text(column).to_pylist())) if pa.types.is_string(column.type) else []

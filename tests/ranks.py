@@ -65,8 +65,8 @@ class Case:
             manifest.signature.task,
             manifest.account.train,
             manifest.account.validation,
-            len(manifest.transform.numeric),
-            len(manifest.transform.categorical),
+            manifest.transform.num_numeric,
+            len(manifest.transform.category_counts),
             0,
         )
 

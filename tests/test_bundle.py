@@ -84,8 +84,8 @@ def test_an_answer_does_not_depend_on_its_batch(which: str, request: pytest.Fixt
     predictor = Predictor(request.getfixturevalue(which))
     transform = predictor.bundle.record.transform
     rng = np.random.default_rng(3)
-    numeric = rng.standard_normal((3 * CHUNK_ROWS + 5, len(transform.numeric)), np.float32)
-    shape = (len(numeric), len(transform.categorical))
+    numeric = rng.standard_normal((3 * CHUNK_ROWS + 5, transform.num_numeric), np.float32)
+    shape = (len(numeric), len(transform.category_counts))
     categorical = rng.integers(0, 3, shape)
     together = predictor.forward(numeric, categorical)
     for row in range(len(numeric)):
@@ -263,9 +263,9 @@ def test_a_damaged_or_foreign_record(copied: Path) -> None:
     record = msgspec.json.decode(path.read_bytes())
     for change, words in (
         (b"{", "damaged"),
-        (msgspec.json.encode(record | {"format": 2}), "format 2"),
+        (msgspec.json.encode(record | {"format": 1}), "format 1"),
         (msgspec.json.encode(record | {"signature": record["signature"] | {"classes": ["yes", "no"]}}), "damaged"),
-        (msgspec.json.encode({"format": 1}), "damaged or of another version"),
+        (msgspec.json.encode({"format": contents.FORMAT}), "damaged or of another version"),
     ):
         path.write_bytes(change)
         with pytest.raises(UserError, match=words):

@@ -118,5 +118,5 @@ def test_two_bundles_with_modules_of_one_name(tmp_path: Path, monkeypatch: pytes
 )
 def test_code_that_can_not_be_carried(module: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        code.copy(module, tmp_path / "code")
+        code.copy([module], tmp_path / "code")
     assert not (tmp_path / "code").exists()

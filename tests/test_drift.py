@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made import made
 from scipy import special, stats
 
 from raylway.bundle.contents import BundleRecord, Provenance
@@ -17,7 +18,6 @@ from raylway.data.drift import as_text, drift
 from raylway.errors import UserError
 from raylway.features import profile
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import Statistics, Target, fit
 from raylway.models.registry import ModelSpec
 
 counts = st.lists(st.integers(0, 500), min_size=2, max_size=30)
@@ -42,10 +42,12 @@ def rows(seed: int, count: int, shift: float = 0.0) -> pd.DataFrame:
 
 def record(with_profile: bool = True) -> BundleRecord:
     table = pa.Table.from_pandas(rows(0, 5_000))
-    transform = fit(Statistics.of(table, ["size", "rooms"], ["place"]), {}, Target("y", "regression", [], 0.0, 1.0))
-    made = profile.profile(table, SIGNATURE) if with_profile else None
+    kinds = {"size": "number", "rooms": "number", "place": "category"}
+    table = table.append_column("y", table["size"])
+    transform = made(table, "y", kinds, steps=0).transform
+    known = profile.profile(table.drop_columns("y"), SIGNATURE) if with_profile else None
     source = Provenance("r", "2026-01-01T00:00:00+00:00", "f", 1, None, {})
-    return BundleRecord(1, "made", "0" * 12, ModelSpec("mlp", {}), SIGNATURE, transform, [], source, {}, made)
+    return BundleRecord(1, "made", "0" * 12, ModelSpec("mlp", {}), SIGNATURE, transform, [], source, {}, known)
 
 
 @given(counts, st.data())

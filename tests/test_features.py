@@ -16,19 +16,20 @@ from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 
 from raylway.errors import UserError
 from raylway.features.expression import Expression
+from raylway.features.fit import fit
+from raylway.features.moments import Moments
+from raylway.features.plan import FitPlan, treatments
 from raylway.features.schema import canonical_text, sorted_names
-from raylway.features.transform import Moments, Statistics, Target, Transform, fit
+from raylway.features.transform import Transform
+from raylway.job import schema
 
-NO_TARGET = Target("y", "classification", ["a", "b"], 0.0, 1.0)
 
-
-def fitted(
-    tables: list[pa.Table], numeric: list[str], categorical: list[str], derive: dict[str, str] | None = None
-) -> Transform:
-    total = Statistics()
-    for table in tables:
-        total = total.merged(Statistics.of(table, numeric, categorical))
-    return fit(total, derive or {}, NO_TARGET)
+def fitted(tables: list[pa.Table], numeric: list[str], categorical: list[str]) -> Transform:
+    how = treatments(schema.Transform(), numeric, categorical, [])
+    return fit(
+        tables,
+        FitPlan({}, [], numeric, categorical, [], [], how, "y", "classification", ["a", "b"], drops_missing=False),
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

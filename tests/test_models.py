@@ -11,8 +11,9 @@ from ranks import prepared
 from torch import nn
 
 from raylway.errors import UserError
+from raylway.features.learnt import CategoricalFeature, NumericFeature, Target
 from raylway.features.prepared import Prepared
-from raylway.features.transform import CategoricalFeature, NumericFeature, Target, Transform
+from raylway.features.transform import Transform
 from raylway.job.schema import Model
 from raylway.models import registry
 from raylway.models.mlp import Mlp
@@ -22,12 +23,19 @@ from raylway.train.strategy import evaluating, refuse_batch_norm
 def transform(numeric: int, categories: list[int], classes: int) -> Transform:
     return Transform(
         derive={},
-        numeric=[NumericFeature(f"n{index}", 0.0, 1.0, 0.0, 1.0) for index in range(numeric)],
+        numeric=[
+            NumericFeature(f"n{index}", f"n{index}", "", 0, 1, 0, 1, "standard", 0, 1, [], [], 0, False)
+            for index in range(numeric)
+        ],
         categorical=[
-            CategoricalFeature(f"c{index}", [str(code) for code in range(count)], "0")
+            CategoricalFeature(
+                f"c{index}", f"c{index}", "", [str(code) for code in range(count)], [], "0", False, False
+            )
             for index, count in enumerate(categories)
         ],
         target=Target("t", "classification" if classes else "regression", [str(code) for code in range(classes)], 0, 1),
+        behind=[],
+        drops_missing=True,
     )
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from raylway.data import csv_read, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
+from raylway.features.learnt import CategoricalFeature, NumericFeature, Target
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import CategoricalFeature, NumericFeature, Target, Transform
+from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob, load_job
 
 
@@ -209,7 +210,7 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         def count(divided, codes):
             return [outcome.counted(rows, one, codes[0], divided, divided.exceptions)]
 
-        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, [one], [rows], count)
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, outcome.Pieces([one], [rows], count))
         return [each.name for each in found.signature.inputs if not each.required]
 
     assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]
@@ -337,9 +338,14 @@ SIGNATURE = Signature(
 )
 TRANSFORM = Transform(
     {},
-    [NumericFeature("n", 0.0, 1.0, 0.0, 1.0)],
-    [CategoricalFeature("store", ["1", "2", "10"], "1"), CategoricalFeature("word", ["1.0", "NA", "x"], "x")],
+    [NumericFeature("n", "n", "", 0.0, 1.0, 0.0, 1.0, "standard", 0.0, 1.0, [], [], 0.0, False)],
+    [
+        CategoricalFeature("store", "store", "", ["1", "2"], ["10"], "1", False, False),
+        CategoricalFeature("word", "word", "", ["1.0", "NA", "x"], [], "x", False, False),
+    ],
     Target("y", "classification", ["a", "b"], 0.0, 1.0),
+    [],
+    True,
 )
 
 

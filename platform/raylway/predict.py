@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -42,6 +43,7 @@ def predict_file(bundle: Path, file: Path, output: Path | None) -> tuple[int, in
     predictor = Predictor(bundle)
     record = predictor.bundle.record
     rows = sources.read_table(file, record.signature, record.transform)
+    rows = _answerable(rows, predictor.unanswerable(rows.table))
     answered = _table(predictor.predict(rows.table), rows, record.signature.classes)
     content = _encoded(answered, output.suffix if output else ".csv")
     if output is None:
@@ -49,6 +51,20 @@ def predict_file(bundle: Path, file: Path, output: Path | None) -> tuple[int, in
     else:
         _write(output, content)
     return len(rows.positions), len(rows.errors)
+
+
+def _answerable(rows: sources.FileRows, reasons: list[str | None]) -> sources.FileRows:
+    """The rows without those that the model has a reason not to answer, which become errors."""
+    refused = [
+        sources.RowError(int(rows.positions[row]), int(rows.lines[row]), None, reason)
+        for row, reason in enumerate(reasons)
+        if reason is not None
+    ]
+    good = np.array([reason is None for reason in reasons], bool)
+    errors = sorted([*rows.errors, *refused], key=lambda error: error.position)
+    return sources.FileRows(
+        rows.table.filter(pa.array(good)), rows.positions[good], rows.lines[good], errors, rows.total
+    )
 
 
 def _table(answers: Answers, rows: sources.FileRows, classes: list[str]) -> pa.Table:

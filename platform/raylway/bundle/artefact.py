@@ -17,6 +17,7 @@ from raylway import storage
 from raylway.bundle import code, contents, examples
 from raylway.bundle.contents import RECORD, Bundle, BundleRecord, Provenance, load
 from raylway.bundle.predictor import Predictor
+from raylway.features import derive
 from raylway.features.prepared import Manifest
 from raylway.models.registry import ModelSpec
 from raylway.runs.run import RunRecord
@@ -35,18 +36,20 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
         run: Where the model comes from.
 
     Raises:
-        UserError: The model's source can't be carried, or the weights do not fit the network that it builds.
+        UserError: The source of the model or of a derived column can't be carried, or the weights do not fit the
+            network that the model builds.
         NotFinite: The model's answer to an ordinary row is not a finite number.
     """
     shutil.rmtree(folder, ignore_errors=True)
     with storage.staged_folder(folder) as made:
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
-        own = {
+        copies = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
         }
-        storage.write_bytes(made / contents.WEIGHTS, save(own))
-        if ":" in model.kind:
-            code.copy(model.kind.partition(":")[0], made / contents.CODE)
+        storage.write_bytes(made / contents.WEIGHTS, save(copies))
+        own = [model.kind.partition(":")[0]] if ":" in model.kind else []
+        if own := [*own, *derive.modules(prepared.transform.derive)]:
+            code.copy(own, made / contents.CODE)
         record = BundleRecord(
             format=contents.FORMAT,
             name=run.job,

@@ -1,9 +1,10 @@
-"""The source of a model of the user's own, carried in the bundle so that it answers where the job's folder is not.
+"""The user's own modules, of the model and of derived columns, carried in the bundle so that it answers where the job's
+folder is not.
 
-Copied are the module that holds the function and, through its `import` statements, every module beside it (in the
+Copied are the modules that hold the functions and, through its `import` statements, every module beside it (in the
 folder that Python found it in): single files, and packages as a whole, their `.py` files only. What is installed
 (`site-packages`, the standard library) stays where it is and must be installed where the model is served. Refused:
-a model that lives in an installed package or in compiled code, since neither can be carried.
+a function that lives in an installed package or in compiled code, since neither can be carried.
 """
 
 from __future__ import annotations
@@ -21,18 +22,43 @@ from pathlib import Path
 from raylway.errors import UserError
 
 
-def copy(module: str, target: Path) -> None:
-    """Copy the source of a module, and of what it imports from beside itself, into a new folder.
+def copy(modules: list[str], target: Path) -> None:
+    """Copy the sources of modules, and of what they import from beside themselves, into a new folder.
+
+    Args:
+        modules: Dotted names, importable in this process.
+        target: The folder to make.
+
+    Raises:
+        UserError: A module can't be found, is installed or compiled; or two files of different folders have one name.
+    """
+    copied: dict[str, Path] = {}
+    for module in modules:
+        for inside, path in sources(module).items():
+            if copied.setdefault(inside, path) != path:
+                raise UserError(
+                    f"two modules of the job are called {inside}",
+                    where=str(path),
+                    found=str(copied[inside]),
+                    fix="rename one of them",
+                )
+    target.mkdir()
+    for inside, path in copied.items():
+        (target / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / inside)
+
+
+def sources(module: str) -> dict[str, Path]:
+    """The files of a module and of what it imports from beside itself, by their path in its folder.
 
     Args:
         module: Dotted name, importable in this process.
-        target: The folder to make.
 
     Raises:
         UserError: The module can't be found, is installed or compiled.
     """
     root = _root(module)
-    target.mkdir()
+    found: dict[str, Path] = {}
     waiting, seen = [module.partition(".")[0]], set()
     while waiting:
         name = waiting.pop()
@@ -40,10 +66,9 @@ def copy(module: str, target: Path) -> None:
             continue
         seen.add(name)
         for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
-            copied = target / path.relative_to(root)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copied)
+            found[path.relative_to(root).as_posix()] = path
             waiting += _imported(path)
+    return found
 
 
 @contextmanager
@@ -71,8 +96,8 @@ def _root(module: str) -> Path:
     found = importlib.machinery.PathFinder.find_spec(name)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise UserError(
-            "the model's source can't be put into the bundle",
-            where=f"model.kind: {module}",
+            f"the source of {module} can't be put into the bundle",
+            where=f"the module {module}",
             expected="a Python file, or a package with __init__.py, beside the job file",
             found="no such module" if found is None else found.origin or "a folder without __init__.py",
         )
@@ -81,8 +106,8 @@ def _root(module: str) -> Path:
     installed = {Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")}
     if root in installed:
         raise UserError(
-            "a model from an installed package can't be carried in a bundle",
-            where=f"model.kind: {module}",
+            "a function from an installed package can't be carried in a bundle",
+            where=f"the module {module}",
             found=str(origin),
             fix="write a function of your own beside the job file that calls it",
         )

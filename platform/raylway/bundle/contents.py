@@ -1,12 +1,12 @@
 """A bundle on disk, `<run>/bundle/`: everything that answering rows needs, and nothing that has to be trusted.
 
     model.safetensors   the weights
-    code/               the source of a model of the user's own, if it is one
+    code/               the source of the user's own model and functions for derived columns, if there are any
     examples.json       made-up rows and this model's answers; serving checks itself against them
     bundle.json         written last; without it the folder is no bundle
 
-No pickle anywhere. Loading a bundle with a model of the user's own runs the Python files in its `code/`, as every
-program does with its own source.
+No pickle anywhere. Loading a bundle with code of the user's own runs the Python files in its `code/`, as every program
+does with its own source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raylway.models.registry import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "bundle.json"
 WEIGHTS = "model.safetensors"
 EXAMPLES = "examples.json"
@@ -91,7 +91,7 @@ class Bundle:
 
     @property
     def code(self) -> Path | None:
-        """The folder with the source of the user's own model, if it is one."""
+        """The folder with the source of the user's own modules, if there are any."""
         folder = self.folder / CODE
         return folder if folder.is_dir() else None
 

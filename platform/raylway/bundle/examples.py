@@ -17,6 +17,7 @@ from raylway.bundle.contents import EXAMPLES
 from raylway.bundle.predictor import Predictor
 from raylway.bundle.rows import RowReader
 from raylway.errors import RunFailed
+from raylway.features import dates
 from raylway.features.signature import Input, Signature
 from raylway.features.transform import Transform
 
@@ -91,15 +92,28 @@ def _outputs(predictor: Predictor, made: list[dict[str, Any]]) -> np.ndarray:
 
 def _value(each: Input, transform: Transform, place: int, rng: np.random.Generator) -> Any:
     """The input's value in the row at `place`: 0 the usual one, 1 the lowest, 2 the highest, then any."""
+    behind = next((column for column in transform.behind if column.name == each.name), None)
+    if each.type == "date":
+        return _date(each.name, transform, place, rng)
     if each.type == "number":
-        feature = next((feature for feature in transform.numeric if feature.name == each.name), None)
-        low, mean, high = (feature.minimum, feature.mean, feature.maximum) if feature else (0.0, 1.0, 2.0)
-        if not np.isfinite([low, mean, high]).all():  # a column without a single number in the training rows
-            low, mean, high = 0.0, 0.0, 0.0
+        feature = next((feature for feature in transform.numeric if feature.column == each.name), None)
+        found = feature or behind
+        low, mean, high = (found.minimum, found.mean, found.maximum) if found else (0.0, 1.0, 2.0)
         drawn = float(low + (high - low) * rng.random())
         return [float(f"{mean:.6g}"), low, high][place] if place < 3 else float(f"{drawn:.6g}")
-    known = next((feature for feature in transform.categorical if feature.name == each.name), None)
-    if known is None or not known.categories:
+    known = next((feature for feature in transform.categorical if feature.column == each.name), None)
+    names = known.known if known else behind.texts if behind else []
+    if not names:
         return "text"
-    drawn_name = known.categories[int(rng.integers(len(known.categories)))]
-    return [known.most_frequent, known.categories[0], known.categories[-1]][place] if place < 3 else drawn_name
+    drawn_name = names[int(rng.integers(len(names)))]
+    usual = known.most_frequent if known else names[0]
+    return [usual, names[0], names[-1]][place] if place < 3 else drawn_name
+
+
+def _date(name: str, transform: Transform, place: int, rng: np.random.Generator) -> str:
+    """As `_value`; a whole day where the training rows never tell an hour."""
+    instant = next(each for each in transform.numeric if each.column == name and each.part == "seconds")
+    step = 1 if any(each.column == name and each.part == "hour" for each in transform.categorical) else 86_400
+    drawn = instant.minimum + (instant.maximum - instant.minimum) * rng.random()
+    seconds = [instant.mean, instant.minimum, instant.maximum][place] if place < 3 else drawn
+    return dates.text(int(seconds // step * step) * 1_000_000)

@@ -18,10 +18,11 @@ import torch
 
 from raylway.bundle import code, contents
 from raylway.bundle.contents import Bundle
-from raylway.bundle.rows import Rows
+from raylway.bundle.rows import MOST_PROBLEMS, Problem, Rows
 from raylway.errors import RunFailed, UserError
+from raylway.features import dates
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import Encoded, Encoder
+from raylway.features.transform import Encoder
 from raylway.models import registry
 
 CHUNK_ROWS = 16
@@ -59,10 +60,10 @@ class Predictor:
         self.bundle = contents.load(bundle) if isinstance(bundle, Path) else bundle
         record = self.bundle.record
         self.signature: Signature = record.signature
-        self._encoder = Encoder(record.transform)
         self._target = record.transform.target
         self._direct = _Direct.of(self.bundle)
         with code.importable(self.bundle.code):
+            self._encoder = Encoder(record.transform)
             self._model = registry.build(record.model, record.transform)
         _fill(self._model, self.bundle)
         self._model.eval()
@@ -91,10 +92,19 @@ class Predictor:
         _check_columns(table, self.signature)
         reasons: list[str | None] = [None] * table.num_rows
         for each in self.signature.inputs:
-            for row in np.flatnonzero(_unusable(table[each.name], each)):
-                infinite = np.isinf(table[each.name][int(row)].as_py() or 0.0)
-                reasons[row] = reasons[row] or f"{each.name} is {'not finite' if infinite else 'empty'}"
+            for row, why in _unusable(table[each.name], each).items():
+                reasons[row] = reasons[row] or f"{each.name} is {why}"
+        for row, (name, why) in self._encoder.unanswerable(table).items():
+            reasons[row] = reasons[row] or f"{name} {why}"
         return reasons
+
+    def problems(self, rows: Rows) -> list[Problem]:
+        """What keeps checked rows from being answered all the same: a derived feature without a value, where training
+        left such rows out, or a function of the user's that fails on a row."""
+        if not self.bundle.record.transform.derive:
+            return []
+        found = self._encoder.unanswerable(rows.table(self.signature))
+        return [Problem(row, name, why) for row, (name, why) in sorted(found.items())[:MOST_PROBLEMS]]
 
     def outputs(self, rows: Rows) -> np.ndarray:
         """The model's outputs, as of `forward`, for rows that `RowReader` has checked."""
@@ -102,8 +112,8 @@ class Predictor:
             encoded = self._encoder.encode(rows.table(self.signature))
         else:
             texts = rows.texts()
-            codes = self._encoder.codes([texts[index] for index in self._direct.categories], len(rows))
-            encoded = Encoded(self._encoder.scale(rows.numbers[:, self._direct.numbers]), codes)
+            chosen = [texts[index] for index in self._direct.categories]
+            encoded = self._encoder.encode_raw(rows.numbers[:, self._direct.numbers], chosen)
         return self.forward(encoded.numeric, encoded.categorical)
 
     def answers(self, outputs: np.ndarray) -> Answers:
@@ -143,8 +153,9 @@ class Predictor:
 
     def treats_rows_alike(self) -> bool:
         """Whether one row gets the same bits at every place of a chunk, as it must; tried with made-up numbers."""
-        numeric = np.random.default_rng(0).standard_normal((1, len(self.bundle.record.transform.numeric)), np.float32)
-        categorical = np.ones((1, len(self.bundle.record.transform.categorical)), np.int64)
+        transform = self.bundle.record.transform
+        numeric = np.random.default_rng(0).standard_normal((1, transform.num_numeric), np.float32)
+        categorical = np.minimum(np.ones((1, 1), np.int64), [transform.category_counts])
         outputs = self.forward(numeric.repeat(CHUNK_ROWS, 0), categorical.repeat(CHUNK_ROWS, 0))
         return bool((outputs == outputs[:1]).all())
 
@@ -172,10 +183,12 @@ class _Direct:
     def of(cls, bundle: Bundle) -> _Direct | None:
         inputs, transform = bundle.record.signature.inputs, bundle.record.transform
         numbers = {name: index for index, name in enumerate(each.name for each in inputs if each.type == "number")}
-        texts = {name: index for index, name in enumerate(each.name for each in inputs if each.type == "category")}
-        numeric = [feature.name for feature in transform.numeric]
-        categorical = [feature.name for feature in transform.categorical]
-        if not (numbers.keys() >= set(numeric) and texts.keys() >= set(categorical)):
+        texts = {name: index for index, name in enumerate(each.name for each in inputs if each.type != "number")}
+        numeric = [feature.column for feature in transform.numeric]
+        categorical = [feature.column for feature in transform.categorical]
+        if any(each.type == "date" for each in inputs) or not (
+            numbers.keys() >= set(numeric) and texts.keys() >= set(categorical)
+        ):
             return None
         return cls([numbers[name] for name in numeric], [texts[name] for name in categorical])
 
@@ -217,16 +230,28 @@ def _check_columns(table: pa.Table, signature: Signature) -> None:
                 found=", ".join(table.column_names),
             )
         kind = table.schema.field(each.name).type
-        if each.type == "number" and pa.types.is_string(kind):
+        if (each.type == "number" and pa.types.is_string(kind)) or (each.type == "date" and not _may_be_dates(kind)):
+            expected, found = ("numbers", "text") if each.type == "number" else ("text such as 2013-01-01", str(kind))
             raise UserError(
-                f"the column {each.name} does not hold numbers",
+                f"the column {each.name} does not hold {'numbers' if each.type == 'number' else 'dates'}",
                 where=f"column {each.name}",
-                expected="numbers, as in training",
-                found="text",
+                expected=f"{expected}, as in training",
+                found=found,
             )
 
 
-def _unusable(column: pa.ChunkedArray, each: Input) -> np.ndarray:
-    """bool [N]: a required cell that is empty, or a number that is infinite."""
-    unusable = column.is_null(nan_is_null=True).to_numpy() if each.required else np.zeros(len(column), bool)
-    return unusable | np.isinf(column.to_numpy()) if pa.types.is_floating(column.type) else unusable
+def _may_be_dates(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_null(kind)
+
+
+def _unusable(column: pa.ChunkedArray, each: Input) -> dict[int, str]:
+    """By row why its cell can't be used: required and empty, an infinite number, or no date."""
+    reasons: dict[int, str] = {}
+    if each.required:
+        reasons |= dict.fromkeys(np.flatnonzero(column.is_null(nan_is_null=True).to_numpy()).tolist(), "empty")
+    if pa.types.is_floating(column.type):
+        reasons |= dict.fromkeys(np.flatnonzero(np.isinf(column.to_numpy())).tolist(), "not finite")
+    if each.type == "date":
+        _, valid = dates.parse(column)
+        reasons |= dict.fromkeys(np.flatnonzero(column.is_valid().to_numpy() & ~valid).tolist(), "no date")
+    return reasons

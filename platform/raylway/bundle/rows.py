@@ -7,6 +7,7 @@ What is accepted, the same in both forms:
 - `number`: a JSON number, not text, not a boolean.
 - `category`: text, a number or a boolean, compared in its canonical text: `1`, `1.0` and `"1"` are one category. One
   that training did not see is accepted and gets the code of the unknown.
+- `date`: the text of a date or time (`features.dates`), such as `2013-01-01T05:00:00Z`.
 - `null` or a left-out feature: only where the signature says `required: false`; the training mean or the most frequent
   category stands in, as it did in training.
 - a key that is no feature is refused: a misspelt optional feature would otherwise be filled in silently.
@@ -28,6 +29,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from raylway.features import dates
 from raylway.features.schema import canonical_text
 from raylway.features.signature import Input, Signature
 
@@ -71,7 +73,7 @@ class Rows:
     numbers: np.ndarray
     """float64 [N, inputs of type number], in the order of the signature; NaN is missing."""
     categories: list[list[Any]]
-    """For each input of type category N JSON scalars; None is missing."""
+    """For each input of type category or date N JSON scalars; None is missing."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -81,11 +83,11 @@ class Rows:
         return Rows(self.numbers[start:stop], [column[start:stop] for column in self.categories])
 
     def texts(self) -> list[pa.Array]:
-        """The canonical text of each category column."""
+        """The canonical text of each category column; a date is its text as it came."""
         return [pa.array(list(map(_text, column)), pa.string()) for column in self.categories]
 
     def table(self, signature: Signature) -> pa.Table:
-        """The rows as a typed table: float64 for numbers, text for categories; missing is null."""
+        """The rows as a typed table: float64 for numbers, text for all else; missing is null."""
         numbers = iter(self.numbers.T)
         texts = iter(self.texts())
         columns = {
@@ -114,7 +116,8 @@ class RowReader:
         self._decoder = None if any(map(_is_escaped, self._inputs)) else _decoder(signature.inputs)
         kinds = [each.type for each in signature.inputs]
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
-        self._categories = [index for index, kind in enumerate(kinds) if kind == "category"]
+        self._categories = [index for index, kind in enumerate(kinds) if kind != "number"]
+        self._dates = [place for place, index in enumerate(self._categories) if kinds[index] == "date"]
 
     def read(self, body: bytes) -> tuple[Form, Rows]:
         """Check a body of either form, `{"rows": [{"feature": value}]}` or `{"data": [[value]]}`.
@@ -135,9 +138,11 @@ class RowReader:
             raise NotJson(_reason(error)) from None
         if (decoded.rows is msgspec.UNSET) == (decoded.data is msgspec.UNSET):
             self._explain(body, "")
-        if decoded.data is msgspec.UNSET:
-            return "rows", self._columns(decoded.rows)
-        return "data", self._columns(decoded.data)
+        form: Form = "rows" if decoded.data is msgspec.UNSET else "data"
+        rows = self._columns(decoded.rows if form == "rows" else decoded.data)
+        if any(_holds_no_date(rows.categories[place]) for place in self._dates):
+            self._explain(body, "")
+        return form, rows
 
     def _columns(self, decoded: list[Any]) -> Rows:
         return self._columns_of(list(map(msgspec.structs.astuple, decoded)))
@@ -237,7 +242,7 @@ def _body_type(inputs: list[Input]) -> type:
 
 
 def _value_type(each: Input) -> Any:
-    kind: Any = float if each.type == "number" else _Category
+    kind: Any = {"number": float, "category": _Category, "date": str}[each.type]
     return kind if each.required else kind | None
 
 
@@ -253,7 +258,7 @@ def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]
     if value is None:
         if each.required:
             yield Problem(index, each.name, f"is null; expected {_expected(each)}")
-    elif kind in (dict, list) or (each.type == "number" and kind in (str, bool)):
+    elif _misfits(each, value):
         yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
     elif kind is float and not math.isfinite(value):
         yield Problem(index, each.name, "is not a finite number")
@@ -261,8 +266,26 @@ def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]
         yield Problem(index, each.name, "is too large")
 
 
+def _misfits(each: Input, value: Any) -> bool:
+    """Whether a JSON value other than null is of a type that the input does not take, or no date for a date."""
+    kind = type(value)
+    if each.type == "date":
+        return kind is not str or _holds_no_date([value])
+    return kind in (dict, list) or (each.type == "number" and kind in (str, bool))
+
+
 def _expected(each: Input) -> str:
-    return "a number" if each.type == "number" else "text, a number or a boolean"
+    return {
+        "number": "a number",
+        "category": "text, a number or a boolean",
+        "date": "a date or time as text, such as 2013-01-01 or 2013-01-01T05:00:00Z",
+    }[each.type]
+
+
+def _holds_no_date(texts: list[str | None]) -> bool:
+    """Whether one of them is neither missing nor a date."""
+    column = pa.array(texts, pa.string())
+    return not bool((dates.parse(column)[1] | column.is_null().to_numpy(zero_copy_only=False)).all())
 
 
 def _named(value: Any) -> str:

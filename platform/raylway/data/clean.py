@@ -15,8 +15,10 @@ from raylway.data.describe import Described, describe
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import FEW_CLASSES
 from raylway.data.rowhash import hash_rows
-from raylway.features.expression import Expression
+from raylway.features import dates
+from raylway.features.derive import derivation
 from raylway.features.schema import canonical_text
+from raylway.features.step import Step
 
 SKETCH = 4096
 """Different texts of a column are counted exactly up to so many; beyond, within about 2% (`distinct`)."""
@@ -34,6 +36,8 @@ class Rules(msgspec.Struct, frozen=True):
     target: str
     target_sources: list[str]
     """Source columns that the target is or derives from."""
+    dates: list[str]
+    """Columns of text whose cells must be dates; a missing word (`columns.MISSING_WORDS`) is missing in them."""
     needed: list[str]
     """Columns that every row needs although it may miss others: the split's."""
     unhashed: list[str]
@@ -68,6 +72,7 @@ class Assessed(msgspec.Struct, frozen=True):
     whole: bool
     """Whether a numeric target has whole values only."""
     derived_types: dict[str, str]
+    """`null` where no value says."""
     texts: dict[str, bytes]
     """By column of text: uint64, the smallest hashes of its different values (`SKETCH` of them at most)."""
     described: Described
@@ -78,7 +83,7 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     """Hold the rows of a piece to the rules.
 
     Raises:
-        UserError: A derived column's expression does not fit its columns.
+        UserError: A derived column's expression does not fit its columns, or the user's function for it fails.
     """
     table, rejects = _typed(piece, rules)
     valid = np.ones(table.num_rows, bool)
@@ -87,7 +92,11 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
         valid = ~np.isin(ids, np.array([reject.row_id for reject in rejects], np.uint64))
     full = table
     for name, text in rules.derive.items():
-        full = full.append_column(name, Expression(text, rules.places[name]).evaluate(full))
+        each = derivation(text, rules.places[name])
+        column = each.evaluate(full)
+        if isinstance(each, Step):
+            each.check(full, column)
+        full = full.append_column(name, column)
     empty = {name: pc.is_null(full[name]).to_numpy() & valid for name in full.column_names if full[name].null_count}
     counts = {name: int(mask.sum()) for name, mask in empty.items()}
     missing = np.zeros(table.num_rows, bool)
@@ -154,8 +163,15 @@ def distinct(sketches: list[np.ndarray]) -> int:
     return int((SKETCH - 1) * 2.0**64 / float(smallest[-1]))
 
 
+def dates_of(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """A column of dates, its missing words missing, and which cells are neither date nor missing."""
+    texts = pc.if_else(pc.is_in(texts, pa.array(columns.MISSING_WORDS)), pa.scalar(None, pa.string()), texts)
+    _, valid = dates.parse(texts)
+    return texts, ~valid & texts.is_valid().to_numpy(zero_copy_only=False)
+
+
 def type_name(kind: pa.DataType) -> str:
-    """int64, float64, bool or string."""
+    """int64, float64, bool or string; null of a column without a value."""
     return "float64" if pa.types.is_floating(kind) else str(kind)
 
 
@@ -166,6 +182,8 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
     for name, wanted in rules.types.items():
         stored = piece.table[name].combine_chunks()
         arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing)
+        if name in rules.dates and wanted == "string":
+            arrays[name], invalid = dates_of(arrays[name])
         if invalid is not None:
             for row in np.flatnonzero(invalid):
                 first.setdefault(int(row), name)
@@ -173,7 +191,9 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
         Reject(
             piece.table[ROW_ID][row].as_py(),
             name,
-            f"{'no whole number' if rules.types[name] == 'int64' else 'no number'}",
+            "no date"
+            if rules.types[name] == "string"
+            else f"no {'whole ' if rules.types[name] == 'int64' else ''}number",
             piece.table[name][row].as_py(),
         )
         for row, name in first.items()

@@ -114,7 +114,7 @@ class Scan(msgspec.Struct, frozen=True):
     """Whether its quotes follow the rules if it begins outside, and if it begins inside a quoted cell."""
 
 
-def scan(body: bytes, before: int, after: int, delimiter: str) -> Scan:
+def scan(body: bytes | memoryview, before: int, after: int, delimiter: str) -> Scan:
     """Count line ends and quotes of a byte range, and check every quote's place.
 
     Args:
@@ -123,7 +123,10 @@ def scan(body: bytes, before: int, after: int, delimiter: str) -> Scan:
         after: The byte after it; LF at the end of the file.
         delimiter: One character.
     """
-    text = np.frombuffer(bytes([before]) + body + bytes([after]), np.uint8)
+    plain = np.frombuffer(body, np.uint8)
+    if not (plain == _QUOTE).any() and not (plain == _CR).any():  # most text, and a third of the time
+        return Scan(int(np.count_nonzero(plain == _LF)), 0, (True, True))
+    text = np.frombuffer(b"".join([bytes([before]), body, bytes([after])]), np.uint8)
     quotes = np.flatnonzero(text[1:-1] == _QUOTE) + 1
     lone = _lone_returns(text)
     lone = lone[(lone > 0) & (lone < len(text) - 1)]

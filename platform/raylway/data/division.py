@@ -8,7 +8,7 @@ left out or belong to an earlier generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -105,7 +105,7 @@ class Plan:
 
 
 def divide(
-    tables: list[pa.Table], codes: list[np.ndarray], plan: Plan, sizes_fit: Callable[[np.ndarray], None]
+    tables: Sequence[pa.Table], codes: list[np.ndarray], plan: Plan, sizes_fit: Callable[[np.ndarray], None]
 ) -> tuple[Division, Told]:
     """Divide all rows.
 
@@ -113,7 +113,7 @@ def divide(
         tables: By piece (`ordering.ordered`).
         codes: By piece: its class codes in terms of all classes.
         plan: What is asked.
-        sizes_fit: Called with the number of kept rows by stratum; raises if they are too few. Not for later generations.
+        sizes_fit: Called with the number of kept rows by stratum, for the first generation only; raises if too few.
 
     Raises:
         UserError: There are too few rows, groups or instants.
@@ -244,17 +244,16 @@ class _Bucket:
 class _Buckets:
     """Ranges of keys, each loaded when asked for."""
 
-    def __init__(self, tables: list[pa.Table], codes: list[np.ndarray], plan: Plan) -> None:
+    def __init__(self, tables: Sequence[pa.Table], codes: list[np.ndarray], plan: Plan) -> None:
         self._tables, self._codes, self._plan = tables, codes, plan
-        keys = [table["key"].to_numpy() for table in tables]
-        sample = (
-            np.sort(np.concatenate([key[_EVERY - 1 :: _EVERY] for key in keys])) if keys else np.zeros(0, np.uint64)
-        )
+        sample = np.sort(np.concatenate([table["key"].to_numpy()[_EVERY - 1 :: _EVERY].copy() for table in tables]))
         step = max(1, BUCKET_ROWS // _EVERY)
-        total = sum(len(key) for key in keys)
+        total = sum(table.num_rows for table in tables)
         borders = np.unique(sample[step - 1 :: step]) if total > BUCKET_ROWS else sample[:0]
-        edges = [np.searchsorted(key, borders, side="right") for key in keys]
-        self._edges = [np.concatenate([[0], edge, [len(key)]]) for edge, key in zip(edges, keys, strict=True)]
+        self._edges = []
+        for table in tables:
+            inner = np.searchsorted(table["key"].to_numpy(), borders, side="right")
+            self._edges.append(np.concatenate([[0], inner, [table.num_rows]]))
         self._count = len(borders) + 1
         self._held: tuple[int, _Bucket] | None = None
 
@@ -306,26 +305,22 @@ def _cuts(buckets: _Buckets, sizes: np.ndarray, plan: Plan) -> dict[str, Cut]:
     """Where test and validation end in each stratum; `sizes` is [buckets, strata]."""
     totals = sizes.sum(axis=0)
     test, validation = split.counts(totals, plan.shares)
-    wanted = [("test", stratum, int(test[stratum]), 0) for stratum in range(len(plan.strata))]
+    strata = range(len(plan.strata))
     if plan.ordering.has_units:
         return {plan.strata[0]: _unit_cut(buckets, sizes[:, 0], plan, int(test[0]), int(validation[0]))}
-    first = _resolved(buckets, sizes, wanted)
-    wanted = [
-        ("validation", stratum, max(first[stratum][0], int(test[stratum] + validation[stratum])), 0)
-        for stratum in range(len(plan.strata))
-    ]
-    second = _resolved(buckets, sizes, wanted)
+    first = _resolved(buckets, sizes, [(each, int(test[each])) for each in strata])
+    second = _resolved(
+        buckets, sizes, [(each, max(first[each][0], int(test[each] + validation[each]))) for each in strata]
+    )
     return {name: Cut(first[at][1], second[at][1]) for at, name in enumerate(plan.strata)}
 
 
-def _resolved(
-    buckets: _Buckets, sizes: np.ndarray, wanted: list[tuple[str, int, int, int]]
-) -> dict[int, tuple[int, str]]:
-    """By stratum: the cut nearest to the wanted one that parts no equal rows, and the words of the last row before it."""
+def _resolved(buckets: _Buckets, sizes: np.ndarray, wanted: list[tuple[int, int]]) -> dict[int, tuple[int, str]]:
+    """By stratum: the cut nearest to the wanted one that parts no equal rows, and the words of its last row."""
     sums = np.cumsum(sizes, axis=0)
     by_bucket: dict[int, list[tuple[int, int]]] = {}
     found: dict[int, tuple[int, str]] = {}
-    for _, stratum, cut, _ in wanted:
+    for stratum, cut in wanted:
         if cut <= 0:
             found[stratum] = (0, "")
         else:

@@ -13,13 +13,15 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from raylway import storage
+from raylway.bundle import code
 from raylway.data import files
 from raylway.data.files import Location
-from raylway.features import transform
+from raylway.features import derive, transform
 from raylway.features.prepared import FORMAT, MANIFEST, Lineage
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 
-VERSION = 3
+VERSION = 4
 """Raise it when preparation gives other bytes for the same source and job."""
 
 
@@ -54,16 +56,23 @@ def find(loaded: LoadedJob, folder: Path | None) -> Start:
     """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code, and
     the prepared data that it continues.
 
-    Of a `python://` source it knows the module's file and the function's name.
+    Of a `python://` source it knows the module's file and the function's name, of the user's functions for derived
+    columns the source of their modules.
 
     Args:
         loaded: The job.
         folder: Where prepared data lies; None to look for none.
+
+    Raises:
+        UserError: A source, or a module of a derived column, is not there.
     """
     job = loaded.job
     locations = files.locate(loaded)
     by_identity = {_identity(location): location for location in locations}
-    facts = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, job.data.model_dump(mode="json")]
+    facts: list[object] = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, job.data.model_dump(mode="json")]
+    with located(loaded):
+        modules = derive.modules(job.data.derive)
+    facts += [(path, storage.checksum(file)) for each in modules for path, file in sorted(code.sources(each).items())]
     section = _digest(facts)
     may_grow = [job.data.source] != [location.name for location in locations]
     alone = Start(_digest([section, list(by_identity), ""]), section, locations, may_grow=may_grow)

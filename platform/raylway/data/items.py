@@ -45,6 +45,10 @@ class Range(msgspec.Struct, frozen=True, tag=True):
     line: int
 
     @property
+    def path(self) -> str:
+        return self.location.path
+
+    @property
     def size(self) -> int:
         return self.end - self.start
 
@@ -95,6 +99,10 @@ class Reading(msgspec.Struct, frozen=True):
     """About so much text makes a piece (`csv_read.RANGE_BYTES`)."""
     as_text: list[str] = []
     """Columns that are known to be text."""
+    direct: dict[str, str] = {}
+    """Columns that are expected to hold numbers, used for ranges of large CSV files (`csv_read.parse`)."""
+    worded: list[str] = []
+    """Those among them in which missing words are expected."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -165,6 +173,8 @@ def read(item: Item, reading: Reading) -> Iterator[Piece]:
     number, size = 0, 0
     tables: list[pa.Table] = []
     rejects: list[Reject] = []
+    if len(item.parts) > 1:  # a column might be numbers in one part and text in the next
+        reading = msgspec.structs.replace(reading, direct={})
     for part in item.parts:
         for table, refused in _tables(part, reading):
             tables.append(table)
@@ -205,8 +215,11 @@ def _piece(item: Item, number: int, tables: list[pa.Table], rejects: list[Reject
     for name in reading.columns:
         column = table[name]
         if is_text:
-            texts = column.combine_chunks()
-            stored[name], seen[name] = columns.examine(texts, row_ids, name in reading.as_text)
+            cells = column.combine_chunks()
+            if pa.types.is_string(cells.type):
+                stored[name], seen[name] = columns.examine(cells, row_ids, name in reading.as_text)
+            else:
+                stored[name], seen[name] = cells, columns.seen_of_numbers(cells, name in reading.worded)
         else:
             where = item.parts[0].location.name
             stored[name], seen[name] = arrow_read.stored(column, name, row_ids, name in reading.numeric, where)
@@ -222,8 +235,8 @@ def _tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Rejec
         case Stream(location=location, heading=heading):
             for parsed in csv_read.read_stream(location, heading, reading.piece_bytes):
                 yield _from_csv(parsed, base, reading)
-        case Range(location=location, heading=heading):
-            parsed = csv_read.read_range(location.path, part.start, part.end, part.in_quotes, part.line, heading)
+        case Range(heading=heading):
+            parsed = csv_read.read_range(part, heading, reading.direct)
             yield _from_csv(parsed, base, reading)
         case Group(location=location):
             yield numbered(arrow_read.read_group(location, part.group, reading.columns), base + part.first_row), []

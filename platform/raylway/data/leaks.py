@@ -18,7 +18,7 @@ import pyarrow as pa
 from raylway.data.rowhash import mix
 from raylway.features.prepared import SPLITS, LeakTest, Shard
 
-_MOST = 1 << 22
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)

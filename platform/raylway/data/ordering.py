@@ -27,7 +27,7 @@ from raylway.data.items import ROW_ID, Piece
 from raylway.data.rowhash import hash_rows, mix
 from raylway.data.split import TEST, TRAIN, VALIDATION
 from raylway.features import dates
-from raylway.features.expression import Expression
+from raylway.features.derive import derivation
 from raylway.features.prepared import LINE_BITS, SPLITS
 from raylway.features.schema import canonical_text
 from raylway.job.schema import At, Split
@@ -61,7 +61,7 @@ def ordering_of(split: Split, seed: int, sides: list[int]) -> Ordering:
     if sides:
         return Ordering(seed, "files", sides=sides)
     column = split.column or ""
-    if split.by == "group" or split.by == "column":
+    if split.by in {"group", "column"}:
         return Ordering(seed, split.by, column)
     if split.by == "time":
         at: At | None = split.at
@@ -132,7 +132,7 @@ def _column(piece: Piece, positions: np.ndarray, rules: Rules, name: str) -> pa.
         return clean.typed_rows(piece, positions, [name], rules)[name].combine_chunks()
     table = clean.typed_rows(piece, positions, list(rules.types), rules)
     for derived, text in rules.derive.items():
-        table = table.append_column(derived, Expression(text, rules.places[derived]).evaluate(table))
+        table = table.append_column(derived, derivation(text, rules.places[derived]).evaluate(table))
     return table[name].combine_chunks()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,23 +11,24 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import describe, division, ordering, split
+from raylway.data import describe, division, ordering, sides
 from raylway.data.clean import Assessed, Rules, assess, distinct
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
 from raylway.data.describe import Described
-from raylway.data.division import Division, Exceptions, Plan, Told
+from raylway.data.division import Division, Exceptions
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.opening import Source, no_rows
 from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
 from raylway.data.warnings import Subject
 from raylway.errors import UserError
+from raylway.features.plan import FitPlan, treatments
 from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 
 _SHOWN = 4
 """Rejected rows of a piece that a message may name."""
@@ -40,6 +41,7 @@ class Outcome:
     task: Task
     classes: list[str]
     roles: Roles
+    plan: FitPlan
     signature: Signature
     account: Account
     by_class: dict[SplitName, list[int]]
@@ -70,6 +72,7 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
         places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
         target=names.target,
         target_sources=sorted(names.target_sources),
+        dates=names.date,
         needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
         unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
         unused=hidden,
@@ -100,6 +103,17 @@ class Counted(msgspec.Struct, frozen=True):
     counts: list[list[int]]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """All pieces, assessed."""
+
+    found: list[Found]
+    tables: Sequence[pa.Table]
+    """By piece (`ordering.ordered`)."""
+    count: Callable[[Division, list[list[int]]], list[Counted]]
+    """Counts the rows of every piece, once the division and each piece's class codes are known."""
+
+
 def found_of(piece: Piece, rules: Rules, order: Ordering) -> tuple[Found, pa.Table, list[Reject]]:
     """Assess a piece: what became of its rows, the usable ones in order (`ordering`), and the invalid ones.
 
@@ -126,9 +140,7 @@ def conclude(
     names: Names,
     rules: Rules,
     seen: dict[str, Seen],
-    found: list[Found],
-    tables: list[pa.Table],
-    count: Callable[[Division, list[list[int]]], list[Counted]],
+    pieces: Pieces,
     past: list[Generation] | None = None,
 ) -> Outcome:
     """Decide over all rows.
@@ -139,30 +151,30 @@ def conclude(
         names: Its names.
         rules: What the pieces were held to.
         seen: What the whole data holds, by column.
-        found: By piece, all of them, in order.
-        tables: By piece (`ordering.ordered`).
-        count: Counts the rows of every piece once the division is known and the class codes of each piece.
+        pieces: All of them, in order.
         past: The generations that this data continues.
 
     Raises:
         UserError: Too many rows are invalid, none is left, the target does not fit the task, or a class is too small.
     """
+    found = pieces.found
     quarantined = _allow_rejects(loaded, source, found)
     rows = sum(each.usable for each in found)
     if not rows:
         raise _nothing_left(loaded, source, found)
-    types = rules.types | found[0].assessed.derived_types
+    types = rules.types | derived_types(rules, [each.assessed for each in found])
     order = ordering_of(loaded, source)
-    _check_split(loaded, source, types, order, found)
+    sides.check(loaded, source, types, order, [each.refused for each in found if each.refused])
     task, why, classes = _target(loaded, names, types, found, rows)
     position = {name: index for index, name in enumerate(classes)}
     codes = [[position[value] for value in each.assessed.values] if classes else [] for each in found]
-    divided, told = _divided(loaded, task, names, classes, order, tables, codes, past or [], len(source.files))
-    per_piece = [np.array(each.counts, np.int64) for each in count(divided, codes)]
+    rows_of_all = sides.Rows(order, pieces.tables, codes, past or [], len(source.files))
+    divided, told = sides.divided(loaded, task, classes, rows_of_all)
+    per_piece = [np.array(each.counts, np.int64) for each in pieces.count(divided, codes)]
     totals = np.sum(per_piece, axis=0)
     per_side = {name: int(totals[side].sum()) for side, name in enumerate(SPLITS, 1)}
     if not per_side["train"]:
-        raise _nothing_to_train_on(loaded, order)
+        raise sides.nothing_to_train_on(loaded, order)
     account = Account(
         read=sum(each.assessed.read for each in found),
         kept=told.kept,
@@ -177,11 +189,14 @@ def conclude(
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
     roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    sentences = [why] * bool(why) + roles.sentences + _absences(names.target, classes, by_class)
+    plan = _plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    sentences += _absences(names.target, classes, by_class)
     return Outcome(
         task,
         classes,
         roles,
+        plan,
         signature(names, roles, types, task, classes, required=rules.drop_missing),
         account,
         by_class,
@@ -189,7 +204,7 @@ def conclude(
         per_piece,
         types,
         different,
-        sentences + _about_split(order, told, past or []),
+        sentences + sides.sentences(order, told, past or []),
         describe.merged(each.assessed.described for each in found),
     )
 
@@ -197,10 +212,10 @@ def conclude(
 def counted(table: pa.Table, found: Found, codes: list[int], divided: Division, exceptions: Exceptions) -> Counted:
     """The rows of one piece by side and class."""
     own = np.array(codes, np.int32)
-    sides = division.sides(table, own, divided, exceptions)
+    own_sides = division.sides(table, own, divided, exceptions)
     classes = max(1, len(divided.classes))
-    code = own[table["code"].to_numpy()] if codes else np.zeros(len(sides), np.int32)
-    counts = np.bincount(sides.astype(np.int64) * classes + code, minlength=4 * classes).reshape(4, classes)
+    code = own[table["code"].to_numpy()] if codes else np.zeros(len(own_sides), np.int32)
+    counts = np.bincount(own_sides.astype(np.int64) * classes + code, minlength=4 * classes).reshape(4, classes)
     return Counted(found.assessed.rows, counts.tolist())
 
 
@@ -224,13 +239,76 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
         UserError: The target does not fit the task, or no feature is left.
     """
     rows = sum(each.usable for each in found)
-    types = rules.types | found[0].assessed.derived_types
+    types = rules.types | derived_types(rules, [each.assessed for each in found])
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
     roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
     described = describe.merged(each.assessed.described for each in found)
-    return Preview(task, classes, roles, different, rows, [why] * bool(why) + roles.sentences, described)
+    _plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    return Preview(task, classes, roles, different, rows, sentences, described)
+
+
+def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
+    """The type of each derived column, over all pieces.
+
+    Raises:
+        UserError: A user's function gives text in one piece and numbers in another.
+    """
+    types: dict[str, str] = {}
+    for name in rules.derive:
+        kinds = sorted({piece.derived_types[name] for piece in pieces} - {"null"})
+        if len(kinds) > 1:
+            raise UserError(
+                f"the derived column {name!r} has no one type",
+                where=rules.places[name],
+                expected="text, numbers or truth values in every part of the data",
+                found=" and ".join(kinds),
+                fix="let the function return one type",
+            )
+        types[name] = kinds[0] if kinds else "float64"
+    return types
+
+
+def _plan(loaded: LoadedJob, names: Names, roles: Roles, task: Task, classes: list[str]) -> FitPlan:
+    used = [*roles.numeric, *roles.categorical, names.target]
+    needed = frozenset().union(*map(names.derives, used))
+    read = frozenset().union(*map(names.reads, roles.derive))
+    section = loaded.job.data.transform
+    with located(loaded):
+        columns = treatments(section, roles.numeric, roles.categorical, roles.date)
+    return FitPlan(
+        derive={name: text for name, text in names.derive.items() if name in needed},
+        served=list(roles.derive),
+        numeric=roles.numeric,
+        categorical=roles.categorical,
+        date=roles.date,
+        behind=[name for name in names.columns if name in read and name not in columns],
+        columns=columns,
+        target=names.target,
+        task=task,
+        classes=classes,
+        drops_missing=loaded.job.data.clean.missing == "drop",
+    )
+
+
+def _ineffective(loaded: LoadedJob, roles: Roles) -> list[str]:
+    """What the job says of the transform to no effect."""
+    section = loaded.job.data.transform
+    features = {*roles.numeric, *roles.categorical, *roles.date}
+    sentences = [
+        f"data.transform.columns.{name} has no effect: the column is no feature"
+        for name in section.columns
+        if name not in features
+    ]
+    said = {key for part in (section, *section.columns.values()) for key in part.model_fields_set}
+    if useless := sorted(said & {"impute", "indicator"}) if loaded.job.data.clean.missing == "drop" else []:
+        sentences.append(
+            f"data.transform: {' and '.join(useless)} have no effect, for rows with missing cells are left out "
+            "(data.clean.missing: impute keeps them)"
+        )
+    return sentences
 
 
 def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:
@@ -331,119 +409,6 @@ def _target(
             fix="choose another target or data that holds the other classes",
         )
     return task, why, classes
-
-
-def _divided(
-    loaded: LoadedJob,
-    task: Task,
-    names: Names,
-    classes: list[str],
-    order: Ordering,
-    tables: list[pa.Table],
-    codes: list[list[int]],
-    past: list[Generation],
-    files: int,
-) -> tuple[Division, Told]:
-    by = loaded.job.data.split.by
-    if by == "stratified" and task == "regression":
-        raise UserError(
-            "a stratified split needs classes",
-            where=loaded.location("data.split.by"),
-            found=f"the task is regression on {names.target!r}",
-            fix="write data.split.by: random",
-        )
-    by_class = order.by == "rows" and by != "random" and task == "classification"
-    shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
-
-    def sizes_fit(sizes: np.ndarray) -> None:
-        if by_class:
-            _refuse_small(loaded, names, classes, sizes, 2 if shares.held_out else 1)
-        if not order.is_given and not order.has_units and int(sizes.sum()) < 1 + shares.held_out:
-            raise split.too_few(int(sizes.sum()), "rows", loaded.location("data.split"))
-
-    plan = Plan(
-        order,
-        classes if by_class else [""],
-        by_class,
-        classes,
-        shares,
-        loaded.job.data.clean.duplicates == "keep",
-        past,
-        files,
-        loaded.location("data.split"),
-    )
-    return division.divide(tables, [np.array(each, np.int32) for each in codes], plan, sizes_fit)
-
-
-def _refuse_small(loaded: LoadedJob, names: Names, classes: list[str], sizes: np.ndarray, least: int) -> None:
-    small = [
-        f"{name!r} ({size} row{'s' * int(size != 1)})"
-        for name, size in zip(classes, sizes, strict=True)
-        if size < least
-    ]
-    if small:
-        raise UserError(
-            f"a class of the target {names.target!r} has too few rows for a stratified split",
-            where=loaded.location("data.split"),
-            expected=f"at least {least} rows of each class",
-            found=f"{', '.join(small[:5])}{' and more' if len(small) > 5 else ''}",
-            fix="give more rows of it, leave the class out of the data, or write data.split.by: random",
-        )
-
-
-def _check_split(loaded: LoadedJob, source: Source, types: dict[str, str], order: Ordering, found: list[Found]) -> None:
-    kind = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
-    for key in ("validation", "test") if order.by == "at" else ():
-        text = getattr(order, key)
-        if text and ordering.instant(text, kind[types[order.column]]) is None:
-            raise UserError(
-                f"{text!r} is no place in the column {order.column!r}",
-                where=loaded.location(f"data.split.at.{key}"),
-                expected="a date or time in ISO 8601, or a number if the column holds numbers",
-            )
-    refused = [each.refused for each in found if each.refused]
-    if refused:
-        first = min(refused, key=lambda reject: reject.row_id)
-        raise UserError(
-            f"column {first.column!r}: {first.reason}",
-            where=source.places.of(first.row_id),
-            expected="train, validation or test in every row"
-            if order.by == "column"
-            else "a number, or a date or time in ISO 8601, in every row",
-            found=repr(first.cell[:200]),
-            fix="correct the row, or split by something else with data.split",
-        )
-
-
-def _nothing_to_train_on(loaded: LoadedJob, order: Ordering) -> UserError:
-    if order.is_given:
-        return UserError(
-            "no row is left to train on: the source gives all rows to the other sides of the split",
-            where=loaded.location("data.split"),
-            fix="give rows for training",
-        )
-    return UserError(
-        "no row is left to train on: equal rows are kept and all fall on the other sides of the split",
-        where=loaded.location("data.split"),
-        fix="set data.clean.duplicates: drop, or give validation and test smaller shares",
-    )
-
-
-def _about_split(order: Ordering, told: Told, past: list[Generation]) -> list[str]:
-    sentences = []
-    if order.has_units:
-        what = "group" if order.by == "group" else "instant"
-        sentences.append(f"rows of one {what} stay on one side, so the numbers of rows of a side are approximate")
-    elif told.joined and not order.is_given:
-        sentences.append("equal rows are kept on one side, so the numbers of rows of a side are approximate")
-    for side, name in enumerate(SPLITS, 1):
-        if told.moved[side]:
-            sentences.append(
-                f"{told.moved[side]:,} {name} rows are left out as duplicates: equal rows are on a side further held out"
-            )
-    if past:
-        sentences.append(f"the rows of the first {sum(each.files for each in past)} files keep their sides")
-    return sentences
 
 
 def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +22,7 @@ from raylway.data.outcome import Counted, Found
 from raylway.data.pieces import Keyed
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.errors import UserError
+from raylway.features.fit import Question
 from raylway.features.transform import Transform
 
 _FACTS = "facts"
@@ -94,10 +98,10 @@ def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> C
 
 
 def measure(
-    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, target_is_number: bool, rate: float
+    task: PieceTask, folder: str, assessment: str, divided: Division, use: Use, question: Question, rate: float
 ) -> Measured:
     """`shards.measure` of a piece on disk."""
-    return shards.measure(*_with_sides(task, folder, assessment, divided), use, target_is_number, rate)
+    return shards.measure(*_with_sides(task, folder, assessment, divided), use, question, rate)
 
 
 def write(
@@ -115,6 +119,28 @@ def rejects(folder: Path, key: str, number: int, assessment: str) -> list[Reject
 def rows(folder: Path, key: str, number: int, assessment: str) -> pa.Table:
     """The usable rows of a piece in order (`ordering.ordered`), memory-mapped."""
     return pieces.read_table(folder / key, _rows_name(assessment, number))
+
+
+@dataclass(frozen=True)
+class Tables(Sequence[pa.Table]):
+    """The usable rows of all pieces, each mapped only as long as it is looked at: memory does not grow with the data.
+
+    Args:
+        folder: Of all pieces.
+        assessment: What became of their rows.
+        places: Key and number of each piece.
+    """
+
+    folder: Path
+    assessment: str
+    places: list[tuple[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> pa.Table:
+        key, number = self.places[index]
+        return rows(self.folder, key, number, self.assessment)
 
 
 def assessment_of(rules: Rules, order: Ordering) -> str:

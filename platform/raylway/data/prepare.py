@@ -42,7 +42,8 @@ from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
-from raylway.features import transform as features_transform
+from raylway.features import derive, fit
+from raylway.features.fit import Question
 from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
@@ -91,9 +92,9 @@ def _prepare(
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
     found = reading.read(loaded, source, names, start.past.generations, kept, stage)
     decided, tasks = _decide(loaded, source, names, found, start, kept)
-    use = Use.of(found.rules, names, decided.roles)
+    use = Use.of(found.rules, names, decided.plan)
     transform, written, sample = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
-    sample = features_transform.derived(sample, names.derive)
+    sample = derive.derived(sample, derive.parsed(names.derive))
     continues = bool(decided.division.generations[1:])
     manifest = Manifest(
         format=FORMAT,
@@ -139,7 +140,7 @@ def _decide(
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
     each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = [passes.rows(kept, key, facts.number, found.assessment) for key, facts, _ in each]
+    tables = passes.Tables(kept, found.assessment, [(key, facts.number) for key, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
@@ -151,12 +152,12 @@ def _decide(
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
         return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
 
-    ones = [one for _, _, one in each]
+    every = outcome.Pieces([one for _, _, one in each], tables, count)
     past = start.past.generations
-    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count, past)
+    decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
         # the same rows have other hashes under other types: their sides can't be told any more
-        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, ones, tables, count)
+        decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every)
         decided.sentences.append("the new files change the columns' types: all rows are divided anew")
     return decided, tasks
 
@@ -169,17 +170,21 @@ def _encode(
     divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
     bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
     rate = describe.rate(decided.account.kept)
-    measure = functools.partial(passes.measure, **bound, target_is_number=decided.task == "regression", rate=rate)
-    measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
-    transform = shards.fitted(measured, decided.task, decided.classes, decided.roles, use.target)
-    each = shards.rows_per_shard(use)
+    transform: Question | Transform = fit.first_question(use.plan)
+    samples: list[bytes] = []
+    while isinstance(transform, Question):
+        measure = functools.partial(passes.measure, **bound, question=transform, rate=rate)
+        measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
+        samples = samples or [each.sample for each in measured]
+        transform = fit.advance(use.plan, transform, (each.part for each in measured))
+    each = shards.rows_per_shard(transform)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
     to = To(str(folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
     written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
-    return transform, every, describe.sampled(part.sample for part in measured)
+    return transform, every, describe.sampled(samples)
 
 
 def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:

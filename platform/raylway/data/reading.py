@@ -63,8 +63,11 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
     """
     todo = _items(_cut(source), past)
     order = outcome.ordering_of(loaded, source)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
-    rules = _expected_rules(loaded, source, names)
+    rules, first = _expected_rules(loaded, source, names)
+    numbers = {name: kind for name, kind in rules.types.items() if kind in ("int64", "float64")} if rules else {}
+    direct = {name: kind for name, kind in numbers.items() if first[name].numbers}
+    worded = [name for name in direct if first[name].words]
+    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, direct=direct, worded=worded)
     while True:
         read = _pass(
             todo, reading, functools.partial(passes.read, rules=rules, order=order, must_fit=False), kept, stage
@@ -76,7 +79,8 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         decided = outcome.rules_of(loaded, names, types)
         if again := lost(seen, types.of):
             # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
-            reading, rules = msgspec.structs.replace(reading, as_text=again), decided
+            direct = {name: kind for name, kind in direct.items() if name not in again}
+            reading, rules = msgspec.structs.replace(reading, as_text=again, direct=direct), decided
             continue
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
@@ -85,13 +89,15 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         return Found(read, decided, types, seen, passes.assessment_of(decided, order))
 
 
-def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
-    """The rules under the types that the source's first bytes suggest; None where they suggest none."""
+def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> tuple[Rules | None, dict[str, Seen]]:
+    """The rules under the types that the source's first bytes suggest, None where they suggest none; and what they
+    hold."""
     piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
     try:
-        return outcome.rules_of(loaded, names, outcome.types_of(loaded, names, piece.facts.seen, source.places))
+        types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
+        return outcome.rules_of(loaded, names, types), piece.facts.seen
     except UserError:  # the whole data may be right where its beginning is not
-        return None
+        return None, piece.facts.seen
 
 
 def _pass(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from raylway.errors import UserError
-from raylway.features.expression import Expression
+from raylway.features.derive import Derivation, derivation
 from raylway.features.signature import Input, Signature, Task
 from raylway.job.load import LoadedJob
 
@@ -32,6 +33,7 @@ class Names:
     """What the target derives from, directly or not; the target itself if it is a column of the source."""
     numeric: list[str]
     categorical: list[str]
+    date: list[str]
     drop: list[str]
     split: str
     """The column that says the side or the group of a row; empty if there is none."""
@@ -64,12 +66,15 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
             )
     derive = _ordered(loaded, columns)
     _check_known([data.target], known, loaded.location("data.target"), "the target")
-    lists = {"numeric": data.features.numeric, "categorical": data.features.categorical, "drop": data.features.drop}
+    lists = {key: getattr(data.features, key) for key in ("numeric", "categorical", "date", "drop")}
     for key, names in lists.items():
-        _check_known(names, known, loaded.location(f"data.features.{key}"), f"a column of features.{key}")
+        among = columns if key == "date" else known
+        _check_known(names, among, loaded.location(f"data.features.{key}"), f"a column of features.{key}")
+    for name in data.transform.columns:
+        _check_known([name], known, loaded.location(f"data.transform.columns.{name}"), "a key of transform.columns")
     direct, through = _behind(data.target, derive)
     hidden = direct | through
-    for key in ("numeric", "categorical"):
+    for key in ("numeric", "categorical", "date"):
         for name in lists[key]:
             if name in hidden:
                 why = (
@@ -95,6 +100,7 @@ class Roles:
 
     numeric: list[str]
     categorical: list[str]
+    date: list[str]
     derive: dict[str, str]
     """Only what the features need, in order."""
     sentences: list[str]
@@ -118,7 +124,7 @@ def choose_features(
     Raises:
         UserError: No feature is left.
     """
-    numeric, categorical, sentences = [], [], []
+    numeric, categorical, date, sentences = [], [], [], []
     unused: dict[str, tuple[str, str]] = {}
     for name in [*names.columns, *names.derive]:
         behind, through = _behind(name, names.derive)
@@ -131,6 +137,9 @@ def choose_features(
             sentences.append(f"column {name!r} is no feature: the rows are split by it")
         elif name in empty:
             sentences.append(f"column {name!r} is no feature: it is empty in every row")
+        elif name in names.date:
+            _refuse_no_dates(name, types[name], where)
+            date.append(name)
         elif name in names.numeric or (name not in names.categorical and types[name] in ("int64", "float64")):
             numeric.append(name)
         elif name in names.categorical or texts.get(name, 0) <= max(_MANY_TEXTS, rows / 2):
@@ -142,17 +151,17 @@ def choose_features(
                 f"column {name!r} is no feature: about {texts[name]:,} different texts in {rows:,} rows are no "
                 "categories but identifiers or free text; list it under features.categorical to use it"
             )
-    if not numeric and not categorical:
+    if not numeric and not categorical and not date:
         raise UserError(
             "no column is left to be a feature",
             where=where,
             found="; ".join(sentences) or f"columns: {', '.join(names.columns)}",
-            fix="drop fewer columns, or list one under data.features.numeric or data.features.categorical",
+            fix="drop fewer columns, or list one under data.features.numeric, categorical or date",
         )
     _refuse_derived_from_truth_values([*numeric, *categorical], names, types, where)
     needed = frozenset().union(*(names.derives(name) for name in (*numeric, *categorical)))
     derive = {name: text for name, text in names.derive.items() if name in needed}
-    return Roles(numeric, categorical, derive, sentences, unused)
+    return Roles(numeric, categorical, date, derive, sentences, unused)
 
 
 def signature(
@@ -169,13 +178,14 @@ def signature(
         required: Whether a row must hold all of them; a job that imputes fills whatever is missing.
     """
     computed = frozenset().union(*(names.reads(name) for name in roles.derive))
-    direct = {*roles.numeric, *roles.categorical}
+    direct = {*roles.numeric, *roles.categorical, *roles.date}
     inputs = []
     for name in names.columns:
         if name in direct or name in computed:
             is_number = name in roles.numeric or (types[name] in ("int64", "float64") and name not in roles.categorical)
             is_number |= name in computed and types[name] in ("int64", "float64")
-            inputs.append(Input(name, "number" if is_number else "category", required))
+            kind: Literal["number", "category", "date"] = "number" if is_number else "category"
+            inputs.append(Input(name, "date" if name in roles.date else kind, required))
     return Signature(task, names.target, inputs, classes)
 
 
@@ -204,6 +214,17 @@ def infer_task(asked: str, kind: str, whole: bool, values: int, rows: int) -> tu
     return "regression", "the task is regression: the target is a number"
 
 
+def _refuse_no_dates(name: str, kind: str, where: str) -> None:
+    if kind != "string":
+        raise UserError(
+            f"the column {name!r} does not hold dates",
+            where=where,
+            expected="text such as 2013-01-01 or 2013-01-01T05:00:00Z, or a column of dates or timestamps",
+            found="true and false" if kind == "bool" else "numbers",
+            fix="take it out of data.features.date",
+        )
+
+
 def _refuse_derived_from_truth_values(features: list[str], names: Names, types: dict[str, str], where: str) -> None:
     """A served row holds numbers and text only, so an expression over true and false can't be computed for it."""
     for name in features:
@@ -218,8 +239,8 @@ def _refuse_derived_from_truth_values(features: list[str], names: Names, types: 
 
 def _ordered(loaded: LoadedJob, columns: list[str]) -> dict[str, str]:
     """Derived columns sorted so that each reads only earlier ones; ties keep the order of the job file."""
-    waiting = {
-        name: Expression(text, loaded.location(f"data.derive.{name}")) for name, text in loaded.job.data.derive.items()
+    waiting: dict[str, Derivation] = {
+        name: derivation(text, loaded.location(f"data.derive.{name}")) for name, text in loaded.job.data.derive.items()
     }
     for name, expression in waiting.items():
         place = loaded.location(f"data.derive.{name}")
@@ -243,7 +264,7 @@ def _behind(name: str, derive: dict[str, str]) -> tuple[frozenset[str], frozense
         return frozenset({name}), frozenset()
     source: frozenset[str] = frozenset()
     through = frozenset({name})
-    for read in Expression(derive[name]).columns:
+    for read in derivation(derive[name]).columns:
         direct, further = _behind(read, derive)
         source |= direct
         through |= further

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,14 @@ from raylway.data import clean
 from raylway.data.clean import Rules
 from raylway.data.describe import chosen, sample
 from raylway.data.items import ROW_ID, Piece
-from raylway.data.roles import Names, Roles
+from raylway.data.roles import Names
 from raylway.data.split import TRAIN
-from raylway.errors import UserError
+from raylway.features import fit
+from raylway.features.derive import derived, parsed
+from raylway.features.fit import Part, Question
+from raylway.features.plan import FitPlan
 from raylway.features.prepared import SPLITS, Shard, SplitName, shard_schema
-from raylway.features.signature import Task
-from raylway.features.transform import Moments, Statistics, Target, Transform, derived, fit
+from raylway.features.transform import Transform
 
 SHARD_ROWS = 1 << 18
 SHARD_BYTES = 64 << 20
@@ -33,36 +34,23 @@ class Use(msgspec.Struct, frozen=True):
     rules: Rules
     columns: list[str]
     """Source columns behind the features and the target."""
-    derive: dict[str, str]
-    """What the features and the target need, in order."""
-    numeric: list[str]
-    categorical: list[str]
-    target: str
+    plan: FitPlan
 
     @classmethod
-    def of(cls, rules: Rules, names: Names, roles: Roles) -> Use:
-        used = [*roles.numeric, *roles.categorical, names.target]
+    def of(cls, rules: Rules, names: Names, plan: FitPlan) -> Use:
+        used = [*plan.numeric, *plan.categorical, *plan.date, plan.target]
         read = frozenset().union(*map(names.reads, used))
-        computed = frozenset().union(*map(names.derives, used))
-        return cls(
-            rules,
-            [name for name in names.columns if name in read],
-            {name: text for name, text in names.derive.items() if name in computed},
-            roles.numeric,
-            roles.categorical,
-            names.target,
-        )
+        return cls(rules, [name for name in names.columns if name in read], plan)
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """`features.transform.Statistics` of the training rows of one piece, the target among the numbers if it is one."""
+    """What one round of fitting found in the training rows of one piece."""
 
     rows: int
     """Of the piece."""
-    numeric: dict[str, Moments]
-    categorical: dict[str, dict[str, int]]
+    part: Part
     sample: bytes
-    """Some kept rows (`describe.sample`)."""
+    """In the first round some kept rows (`describe.sample`)."""
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -73,43 +61,19 @@ class Written(msgspec.Struct, frozen=True):
     shards: list[Shard]
 
 
-def measure(piece: Piece, sides: np.ndarray, use: Use, target_is_number: bool, rate: float) -> Measured:
+def measure(piece: Piece, sides: np.ndarray, use: Use, question: Question, rate: float) -> Measured:
     """Measure the training rows of a piece; `sides` is int8 [rows] (`split`), `rate` the share of rows to sample."""
-    table = _rows(piece, np.flatnonzero(sides == TRAIN), use)
-    statistics = Statistics.of(table, [*use.numeric, *[use.target] * target_is_number], use.categorical)
-    counts = {name: dict(each) for name, each in statistics.categorical.items()}
+    part = fit.measure(_rows(piece, np.flatnonzero(sides == TRAIN), use), use.plan, question)
+    if question.known is not None:
+        return Measured(len(sides), part, b"")
     some = chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), sides, rate)
     rows = clean.typed_rows(piece, some, list(use.rules.types), use.rules)
-    return Measured(len(sides), statistics.numeric, counts, sample(rows, sides[some], 1.0))
+    return Measured(len(sides), part, sample(rows, sides[some], 1.0))
 
 
-def fitted(parts: list[Measured], task: Task, classes: list[str], roles: Roles, target: str) -> Transform:
-    """The transform of all training rows, from the parts in the order of the rows.
-
-    Raises:
-        UserError: A column's numbers are too large to be standardised.
-    """
-    total = Statistics()
-    for part in parts:
-        total = total.merged(Statistics(part.numeric, {name: Counter(c) for name, c in part.categorical.items()}))
-    for name, moments in total.numeric.items():
-        if not np.isfinite(moments.mean) or not np.isfinite(moments.spread):
-            raise UserError(
-                f"the numbers of column {name!r} are too large to be standardised",
-                where=name,
-                expected="squares within the range of a double, below 1e308",
-                found=f"values from {moments.minimum:g} to {moments.maximum:g}",
-                fix="rescale the column, or list it under data.features.drop",
-            )
-    if task == "classification":
-        return fit(total, roles.derive, Target(target, task, classes, 0.0, 1.0))
-    moments = total.numeric.pop(target)
-    return fit(total, roles.derive, Target(target, task, [], moments.mean, moments.spread or 1.0))
-
-
-def rows_per_shard(use: Use) -> int:
+def rows_per_shard(transform: Transform) -> int:
     """At most `SHARD_ROWS`, fewer if a row is so wide that they would be more than `SHARD_BYTES`."""
-    row_bytes = 4 * (len(use.numeric) + len(use.categorical)) + 16
+    row_bytes = 4 * (transform.num_numeric + len(transform.category_counts)) + 16
     return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
@@ -159,13 +123,13 @@ class To:
 
 
 def _rows(piece: Piece, rows: np.ndarray, use: Use) -> pa.Table:
-    return derived(clean.typed_rows(piece, rows, use.columns, use.rules), use.derive)
+    return derived(clean.typed_rows(piece, rows, use.columns, use.rules), parsed(use.plan.derive))
 
 
 def _shard(table: pa.Table, transform: Transform) -> pa.Buffer:
     encoded = transform.encode(table)
     target = transform.encode_target(table[transform.target.name])
-    schema = shard_schema(len(transform.numeric), len(transform.categorical), pa.from_numpy_dtype(target.dtype))
+    schema = shard_schema(transform.num_numeric, len(transform.category_counts), pa.from_numpy_dtype(target.dtype))
     columns = [
         _fixed(encoded.numeric, schema.field("numeric").type),
         _fixed(encoded.categorical, schema.field("categorical").type),

@@ -26,9 +26,10 @@ from raylway.data.outcome import Found, Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
 from raylway.errors import UserError
+from raylway.features import derive
 from raylway.features.schema import as_float64, canonical_text
 from raylway.features.signature import Input, Signature, Task
-from raylway.features.transform import Transform, derived
+from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 
 SAMPLE_BYTES = 8 << 20
@@ -54,6 +55,7 @@ class Sample(msgspec.Struct, frozen=True):
     """Those in the sample."""
     numeric: list[str]
     categorical: list[str]
+    date: list[str]
     decisions: list[str]
     warnings: list[str]
 
@@ -84,9 +86,8 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        found = outcome.conclude(
-            loaded, source, names, rules, seen, assessed, tables, functools.partial(_count, assessed, tables)
-        )
+        every = outcome.Pieces(assessed, tables, functools.partial(_count, assessed, tables))
+        found = outcome.conclude(loaded, source, names, rules, seen, every)
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
         found = outcome.preview(loaded, names, rules, seen, assessed)
@@ -109,6 +110,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         classes=found.classes,
         numeric=found.roles.numeric,
         categorical=found.roles.categorical,
+        date=found.roles.date,
         decisions=[*source.notes, *types.sentences, *found.sentences],
         warnings=warnings.find(outcome.subject(loaded, names, found), rows_seen),
     )
@@ -166,7 +168,7 @@ def _sampled(
         some = describe.chosen(piece.table[ROW_ID].combine_chunks().to_numpy(), side, rate)
         rows = clean.typed_rows(piece, some, list(rules.types), rules)
         parts.append(describe.sample(rows, side[some], 1.0))
-    return derived(describe.sampled(parts), names.derive)
+    return derive.derived(describe.sampled(parts), derive.parsed(names.derive))
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -206,7 +208,7 @@ def read_table(path: Path, signature: Signature, transform: Transform) -> FileRo
     """
     location = file_at(path)
     wanted = {each.name: each for each in signature.inputs}
-    known = {feature.name: pa.array(feature.categories, pa.string()) for feature in transform.categorical}
+    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
     schema = {name: _kind(each) for name, each in wanted.items()} | {_LINE: pa.int64(), _PLACE: pa.int64()}
     tables = [pa.schema(schema).empty_table()]  # a Parquet file without row groups gives no other
     errors: list[RowError] = []
@@ -239,7 +241,7 @@ def input_tables(path: Path, signature: Signature, transform: Transform) -> Iter
     """
     location = file_at(path)
     wanted = {each.name: each for each in signature.inputs}
-    known = {feature.name: pa.array(feature.categories, pa.string()) for feature in transform.categorical}
+    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
     for table, rejects in _file_tables(location, wanted):
         yield pa.table(_inputs(table, wanted, known, location.name)[0]), len(rejects)
 
@@ -298,6 +300,11 @@ def _inputs(
             arrays[name], bad = _as_number(stored)
             for row in np.flatnonzero(bad):
                 reasons.setdefault(int(row), (name, f"{table[name][int(row)].as_py()!r} is no finite number"))
+        elif each.type == "date":
+            texts = stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else canonical_text(stored)
+            arrays[name], bad = clean.dates_of(texts)
+            for row in np.flatnonzero(bad):
+                reasons.setdefault(int(row), (name, f"{texts[int(row)].as_py()!r} is no date"))
         else:
             arrays[name] = _as_category(stored, known.get(name))
         if each.required:

@@ -17,6 +17,7 @@ import ray
 from raylway.evaluate import metrics
 from raylway.evaluate.record import Baseline
 from raylway.features.prepared import Prepared, Rows, SplitName
+from raylway.features.transform import Transform
 
 _MOST_ROWS = 500_000
 _MOST_CELLS = 100_000_000
@@ -113,14 +114,28 @@ def _sample(prepared: Prepared, split: SplitName, seed: int) -> tuple[np.ndarray
     rows = prepared.rows(split)
     if not len(rows):
         return np.zeros((0, 0), np.float32), np.zeros(0)
-    width = max(1, len(prepared.manifest.transform.feature_names))
+    width = max(1, len(_categorical(prepared.manifest.transform)))
     most = min(_MOST_ROWS, _MOST_CELLS // width)
     if len(rows) <= most:
         positions = np.arange(len(rows))
     else:
         positions = np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False, shuffle=False))
     numeric, categorical, target, _ = rows.take(positions)
-    return np.hstack([numeric, categorical.astype(np.float32)]), target
+    return _features(prepared.manifest.transform, numeric, categorical), target
+
+
+def _features(transform: Transform, numeric: np.ndarray, categorical: np.ndarray) -> np.ndarray:
+    """What boosting takes for the rows, float32 [n, F]: the bins of a number are their sum, which orders rows as the
+    number does, and to a tree nothing else matters."""
+    starts = transform.number_starts
+    numbers = np.add.reduceat(numeric, starts, axis=1) if starts else numeric
+    return np.hstack([numbers, categorical.astype(np.float32)])
+
+
+def _categorical(transform: Transform) -> list[bool]:
+    """Which of the features are categories. They may have 255 codes, unknown among them; wider ones are taken as
+    ordered numbers."""
+    return [False] * len(transform.number_starts) + [count < _BINS for count in transform.category_counts]
 
 
 def _rounds(rows: int, features: int, outputs: int) -> int:
@@ -131,10 +146,6 @@ def _rounds(rows: int, features: int, outputs: int) -> int:
 def _model(prepared: Prepared, rounds: int, seed: int, stop_early: bool) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    transform = prepared.manifest.transform
-    # A category feature may have 255 codes, unknown among them; wider ones are taken as ordered numbers.
-    categorical = [False] * len(transform.numeric)
-    categorical += [len(feature.categories) < _BINS for feature in transform.categorical]
     kind = (
         HistGradientBoostingRegressor
         if prepared.manifest.signature.task == "regression"
@@ -145,7 +156,7 @@ def _model(prepared: Prepared, rounds: int, seed: int, stop_early: bool) -> Any:
         learning_rate=0.1 if rounds == _MOST_ROUNDS else 0.3,
         early_stopping=stop_early,
         n_iter_no_change=_PATIENCE,
-        categorical_features=categorical,
+        categorical_features=_categorical(prepared.manifest.transform),
         random_state=seed,
     )
 
@@ -159,7 +170,7 @@ def _answers(model: Any, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, min(start + _CHUNK, len(rows)))
         numeric, categorical, targets[part], _ = rows.take(np.arange(part.start, part.stop))
-        features = np.hstack([numeric, categorical.astype(np.float32)])
+        features = _features(prepared.manifest.transform, numeric, categorical)
         if classes:
             answers[part, model.classes_] = model.predict_proba(features)
         else:

@@ -52,6 +52,9 @@ class Expression:
         except (RecursionError, MemoryError):
             raise self._error("is nested too deeply") from None
 
+    def load(self) -> None:
+        """Nothing: as of `features.step.Step`, whose function must be found."""
+
     def evaluate(self, table: pa.Table) -> pa.Array:
         """The value for each row: float64, bool or text.
 

@@ -13,11 +13,11 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One column that a row must or may have.
 
     `number` takes JSON numbers; `category` takes text, whole numbers and booleans, compared in their canonical text
-    (`features.schema.canonical_text`).
+    (`features.schema.canonical_text`); `date` takes the text of a date or time (`features.dates`).
     """
 
     name: str
-    type: Literal["number", "category"]
+    type: Literal["number", "category", "date"]
     required: bool
 
 

@@ -55,7 +55,8 @@ class Findings:
 
     def _model(self) -> Iterator[str]:
         model = self.loaded.job.model
-        inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical features"
+        dates = f" and {len(self.sample.date)} date" if self.sample.date else ""
+        inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical{dates} features"
         shape = f"hidden {model.hidden}, dropout {model.dropout:g}" if model.kind == "mlp" else f"args {model.args}"
         yield f"model       {model.kind} ({shape}) over {inputs}"
 
@@ -72,6 +73,11 @@ class Findings:
             f"optimizer   {job.optimizer.kind}, lr {job.optimizer.lr:g}, {job.schedule.kind} schedule"
             f" with {found.warmup_steps} steps of warm-up, clip {job.clip}"
         )
+        if job.balance == "weights":
+            yield "balance     the loss of a row weighs rows / (classes x rows of its class)"
+        if job.balance == "resample":
+            drawn = self.sample.train // max(1, len(self.sample.classes))
+            yield f"balance     an epoch draws about {drawn:,} rows of each of {len(self.sample.classes)} classes"
         patience = f", stop after {job.validation.patience} without a better one" if job.validation.patience else ""
         every = f"{found.validate_every_steps:,} steps" if found.validate_every_steps else "never (no validation rows)"
         yield f"validation  every {every}, best by {job.validation.best}{patience}"

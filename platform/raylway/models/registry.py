@@ -68,8 +68,8 @@ def build(wanted: ModelSpec | Model, transform: Transform) -> nn.Module:
     if isinstance(wanted, Model):
         wanted = spec(wanted)
     facts: dict[str, Any] = {
-        "num_numeric": len(transform.numeric),
-        "category_counts": [len(feature.categories) for feature in transform.categorical],
+        "num_numeric": transform.num_numeric,
+        "category_counts": transform.category_counts,
         "num_outputs": max(1, len(transform.target.classes)),
     }
     if wanted.kind == "mlp":

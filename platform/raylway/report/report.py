@@ -16,6 +16,7 @@ import msgspec
 
 from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
+from raylway.features import dates
 from raylway.features.prepared import SPLITS, Manifest, Prepared
 from raylway.report import figures, sparks, words
 from raylway.report.charts import Figure
@@ -156,8 +157,14 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
         for each in transform.numeric
     }
     learnt |= {
-        each.name: f"{len(each.categories):,} categories, most often {each.most_frequent}"
+        each.name: f"{len(each.known):,} categories, most often {each.most_frequent}"
+        + (f"; {len(each.rare):,} of them rare" if each.rare else "")
         for each in transform.categorical
+    }
+    learnt |= {
+        each.column: " to ".join(dates.text(int(end) * 1_000_000) for end in (each.minimum, each.maximum))
+        for each in transform.numeric
+        if each.part == "seconds"
     }
     columns = msgspec.json.decode(path.read_bytes())["columns"]
     return [{**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)} for column in columns]

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from raylway.errors import RunFailed
-from raylway.features.prepared import Prepared, SplitName
+from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
 from raylway.train import checkpoint, failures, optim, strategy
 from raylway.train.checkpoint import Checkpoints, Progress
+from raylway.train.feed import balanced
+from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
 from raylway.train.feed.order import Order
 from raylway.train.log import MetricsLog, NoLog
@@ -56,13 +58,13 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         precision.scaler.load_state_dict(state.scaler)
     share = Share(groups.rank, groups.workers, plan.global_batch, plan.microbatch)
 
-    def feed(split: SplitName, seed: int | None, lanes: int) -> Feed:
-        order = Order([shard.rows for shard in prepared.shards(split)], seed, lanes)
-        return Feed(prepared.rows(split, verify=True), order, share, target, device)
-
     validation = None
     if plan.validate_every_steps is not None:
-        validation = Validation(feed("validation", None, 1), target, precision, groups)
+        # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
+        weights = _weights(prepared) if job.train.balance != "none" else None
+        rows = prepared.rows("validation", verify=True)
+        order = Order([shard.rows for shard in prepared.shards("validation")], None)
+        validation = Validation(Feed(rows, order, share, target, device, weights), target, precision, groups)
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -73,13 +75,27 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         model=strategy.parallel(module, groups),
         optimizer=optimizer,
         precision=precision,
-        feed=feed("train", job.seed, plan.lanes),
+        feed=_training_feed(job, plan, prepared, share, device),
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
     )
     return assembled, _with_whole_best(run, state.progress) if state else Progress()
+
+
+def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:
+    target, rows = prepared.manifest.transform.target, prepared.rows("train", verify=True)
+    order: Order | Balanced
+    if job.train.balance == "resample":
+        order = Balanced(rows.targets(), len(target.classes), job.seed)
+    else:
+        order = Order([shard.rows for shard in prepared.shards("train")], job.seed, plan.lanes)
+    return Feed(rows, order, share, target, device, _weights(prepared) if job.train.balance == "weights" else None)
+
+
+def _weights(prepared: Prepared) -> np.ndarray:
+    return balanced.weights(prepared.manifest.classes["train"])
 
 
 def _checkpoints(job: Job, run: Run, groups: Groups, start: Start) -> Checkpoints:

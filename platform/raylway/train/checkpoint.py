@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from raylway import storage
 from raylway.errors import RunFailed, UserError
+from raylway.train import messages
 from raylway.train.strategy import Groups
 from raylway.train.validate import Best
 
@@ -290,8 +290,10 @@ class Checkpoints:
         final = self._folder / name(state.progress.step, self._attempt)
         try:
             mine = self._write_tensors(final, tensors)
-            parts: list[list[File]] = [[] for _ in range(self._groups.workers)]
-            dist.all_gather_object(parts, mine, group=self._groups.save)
+            parts = [
+                msgspec.json.decode(part, type=list[File])
+                for part in messages.gathered(msgspec.json.encode(mine), self._groups.save)
+            ]
             if self._groups.rank == 0:
                 storage.write_record(final / STATE, state)
                 files = [file for part in parts for file in part] + [_described(final / STATE)]

@@ -29,7 +29,7 @@ class Agreed(NamedTuple):
     """What all ranks know after the exchange; equal on all of them."""
 
     loss: float
-    """Mean over the rows of the global batch."""
+    """Sum over the rows of the global batch, each with its weight, divided by their number."""
     finite: bool
     """The loss and the gradient's norm are finite numbers on every rank."""
     wish: Wish
@@ -58,8 +58,9 @@ def row_losses(task: Task, output: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def forward_backward(model: Parallel, batch: Batch, task: Task, precision: Precision) -> torch.Tensor:
-    """Leave in the parameters the (scaled) gradient of the global batch's mean loss; return this rank's sum of losses.
+    """Leave in the parameters the (scaled) gradient of the global batch's loss; return this rank's sum of losses.
 
+    The loss is sum(weight * loss of the row) / rows of the step, without `train.balance` the mean over the rows.
     DDP takes the mean over ranks of what each rank has, so each rank's sum is multiplied by workers / rows of the whole
     step. That makes it the gradient of the one big batch, however its rows are divided. All ranks must call it: the
     last microbatch exchanges gradients, and waits for a missing rank until the timeout.

@@ -22,6 +22,7 @@ from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, worker
+from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
@@ -56,6 +57,8 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     elapsed_s: float
     """Of this command."""
     plan: Plan
+    balance: str | None = None
+    """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
 
 
 def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, reporter: Reporter) -> TrainOutcome:
@@ -77,7 +80,8 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
     with reporter.stage("train") as stage, located(loaded):
         planned = _planned(loaded, prepared, capacity)
         _check_model(loaded, prepared)
-        reporter.note(f"{_sentence(planned)}; {_beginning(run)}")
+        balance = _balanced(loaded, run, prepared)
+        reporter.note("; ".join(filter(None, [_sentence(planned), balance, _beginning(run)])))
         assigned = worker.assignment(
             loaded.job, planned, run, prepared, loaded.import_paths, launch=secrets.token_hex(6)
         )
@@ -96,6 +100,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             attempts=failures.attempts(run),
             elapsed_s=time.monotonic() - started_at,
             plan=planned,
+            balance=balance,
         )
         stage.finish(_summary(outcome, loaded))
     return outcome
@@ -108,12 +113,22 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
         manifest.signature.task,
         manifest.account.train,
         manifest.account.validation,
-        len(manifest.transform.numeric),
-        len(manifest.transform.categorical),
+        manifest.transform.num_numeric,
+        len(manifest.transform.category_counts),
         capacity.gpus,
     )
     capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)
     return planned
+
+
+def _balanced(loaded: LoadedJob, run: Run, prepared: Prepared) -> str | None:
+    """Record what `train.balance` makes of each class, and say it of two."""
+    balance, manifest = loaded.job.train.balance, prepared.manifest
+    if balance == "none":
+        return None
+    found = balanced.shares(balance, manifest.signature.classes, manifest.classes["train"])
+    run.log("classes balanced", by=balance, classes=msgspec.to_builtins(found))
+    return balanced.sentence(balance, found)
 
 
 def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from raylway.features.transform import Target
+from raylway.features.learnt import Target
 from raylway.train.feed.loader import Feed
 from raylway.train.precision import Precision
 from raylway.train.step import row_losses
@@ -52,9 +52,10 @@ class Validation:
         """The figures over all rows, each counted once. All ranks call it at once; one without rows adds nothing.
 
         Returns:
-            `val_loss`, and `val_accuracy` or `val_rmse` (in the target's own unit).
+            `val_loss`, weighed by class as the feed says (what training minimises under `train.balance`), and
+            `val_accuracy` or `val_rmse` (in the target's own unit), in which each row counts once.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
         # The plain module: DDP's forward talks to the other ranks, which may have fewer passes to make.
         with evaluating(model.module):
             for rows in self._feed.epoch():
@@ -62,9 +63,11 @@ class Validation:
                     output = model.module(rows.numeric, rows.categorical)
                 losses = row_losses(self._target.task, output, rows.target).double()
                 hits = (output.argmax(dim=-1) == rows.target) if self._target.task == "classification" else losses
-                sums += torch.stack([losses.sum(), hits.double().sum(), rows.weight.double().sum()])
+                weighed = (losses * rows.weight).sum()
+                count = torch.full_like(weighed, len(losses))
+                sums += torch.stack([weighed, rows.weight.sum(), hits.double().sum(), count])
         dist.all_reduce(sums, group=self._groups.step)
-        loss, second, count = sums.tolist()
+        weighed_loss, weight, second, rows_seen = sums.tolist()
         if self._target.task == "classification":
-            return {"val_loss": loss / count, "val_accuracy": second / count}
-        return {"val_loss": loss / count, "val_rmse": math.sqrt(second / count) * self._target.spread}
+            return {"val_loss": weighed_loss / weight, "val_accuracy": second / rows_seen}
+        return {"val_loss": weighed_loss / weight, "val_rmse": math.sqrt(second / rows_seen) * self._target.spread}

@@ -57,6 +57,13 @@ class Start(msgspec.Struct, frozen=True):
     broken: list[str]
 
 
+class _Answer(msgspec.Struct, frozen=True):
+    """What rank 0 tells the others: one of the two."""
+
+    start: Start | None = None
+    failure: Failure | None = None
+
+
 def assignment(
     job: Job, plan: Plan, run: Run, prepared: Prepared, import_paths: list[str], launch: str
 ) -> dict[str, Any]:
@@ -108,11 +115,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 
 def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
     """Rank 0 looks and decides; all ranks get its answer, and wait for it."""
-    import torch.distributed as dist
+    from raylway.train import checkpoint, messages
 
-    from raylway.train import checkpoint
-
-    answer: list[Any] = [None]
+    answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
         found = checkpoint.newest(run.checkpoints, broken)
@@ -122,11 +127,13 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
         try:
             used = checkpoint.last_attempt(run.checkpoints)
             attempt = failures.begin(run, task.launch, from_step, groups.workers, used)
-            answer = [Start(attempt, found.folder.name if found else "", list(broken))]
+            answer = _Answer(start=Start(attempt, found.folder.name if found else "", list(broken)))
         except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer, whatever it is
-            answer = [failures.blame(error, 0, 0, [])]
-    dist.broadcast_object_list(answer, group=groups.save, group_src=0)
-    return answer[0]
+            answer = _Answer(failure=failures.blame(error, 0, 0, []))
+    heard = msgspec.json.decode(messages.from_rank_0(msgspec.json.encode(answer), groups.save), type=_Answer)
+    found_by_0 = heard.failure or heard.start
+    assert found_by_0 is not None
+    return found_by_0
 
 
 def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> Report:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from raylway.features.learnt import Target
 from raylway.features.prepared import Rows
-from raylway.features.transform import Target
+from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.order import Order, num_microbatches, share
 
 
@@ -25,7 +26,7 @@ class Microbatch:
     target: torch.Tensor
     """int64 [n] class codes, or float64 [n] standardised values"""
     weight: torch.Tensor
-    """float32 [n]: 1, or 0 for the one row that stands in where a rank has none"""
+    """float64 [n]: 1 or that of the row's class; 0 for the one row that stands in where a rank has none"""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,20 @@ class Feed:
         share: This rank's.
         target: For standardising a regression target.
         device: Where tensors go.
+        weights: float64 [classes], what a row of each class weighs; None: 1.
     """
 
-    def __init__(self, rows: Rows, order: Order, share: Share, target: Target, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        order: Order | Balanced,
+        share: Share,
+        target: Target,
+        device: torch.device,
+        weights: np.ndarray | None = None,
+    ) -> None:
         self._rows, self._order, self._share, self._target, self._device = rows, order, share, target, device
+        self._weights = weights
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -86,12 +97,14 @@ class Feed:
         return Batch(num_rows, [self._tensors(positions[start:stop]) for start, stop in bounds])
 
     def _tensors(self, positions: np.ndarray) -> Microbatch:
-        weight = torch.ones(max(1, len(positions)))
-        if not len(positions):
+        is_stand_in = not len(positions)
+        if is_stand_in:
             # Every rank must run the same passes, or its peers wait for it. Any row does: its loss counts 0 times.
             positions = np.zeros(1, np.int64)
-            weight.zero_()
         numeric, categorical, target, _ = self._rows.take(positions)
+        weight = np.ones(len(positions)) if self._weights is None else self._weights[target]
+        if is_stand_in:
+            weight = np.zeros(1)
         if self._target.task == "regression":
             target = (target - self._target.mean) / self._target.spread
         return Microbatch(
@@ -100,5 +113,5 @@ class Feed:
             torch.from_numpy(target).to(
                 self._device, torch.float64 if self._target.task == "regression" else torch.int64
             ),
-            weight.to(self._device),
+            torch.from_numpy(weight).to(self._device),
         )

@@ -28,6 +28,9 @@ class Purpose(IntEnum):
     ROWS = 2
     MODEL = 3
     """Dropout and the like: see `random_seed`."""
+    CLASS = 4
+    MIX = 5
+    """Of classes drawn equally often: see `balanced`."""
 
 
 def _philox(seed: int, purpose: Purpose, *place: int) -> np.random.Philox:
@@ -40,6 +43,12 @@ def _philox(seed: int, purpose: Purpose, *place: int) -> np.random.Philox:
 def random_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's own random numbers (63 bits) for one step of one rank."""
     return int(_philox(seed, Purpose.MODEL, step, rank).random_raw()) >> 1
+
+
+def shuffled(seed: int, count: int, purpose: Purpose, *place: int) -> np.ndarray:
+    """A permutation of `count` (int64): the raw draws are sorted, because NumPy promises their stream for all its
+    versions (NEP 19) but not that of `Generator.permutation`."""
+    return np.argsort(_philox(seed, purpose, *place).random_raw(count), kind="stable")
 
 
 def num_microbatches(rows: int, workers: int, microbatch: int) -> int:
@@ -143,9 +152,4 @@ class Order:
         return found
 
     def _shuffled(self, count: int, purpose: Purpose, *place: int) -> np.ndarray:
-        """A permutation of `count`: the raw draws are sorted, because NumPy promises their stream for all its versions
-        (NEP 19) but not that of `Generator.permutation`."""
-        if self._seed is None:
-            return np.arange(count)
-        draws = _philox(self._seed, purpose, *place).random_raw(count)
-        return np.argsort(draws, kind="stable")
+        return np.arange(count) if self._seed is None else shuffled(self._seed, count, purpose, *place)
