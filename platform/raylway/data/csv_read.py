@@ -154,8 +154,9 @@ def packed_share(file: packed.Unpacked, location: Location) -> float | None:
 def scan_range(location: Location, start: int, end: int, head: Heading) -> Scan:
     """`csv_text.scan` of the bytes from `start` to `end` of a plain file."""
     with packed.opened(location) as file:
-        file.seek(start - 1)
-        text = file.read(end - start + 2)
+        file.seek(max(0, start - 1))
+        text = file.read(end - max(0, start - 1) + 1)
+        text = text if start else b"\n" + text  # a file without a heading
     before = text[0] if start > head.offset else ord("\n")
     after = text[end - start + 1] if len(text) > end - start + 1 else ord("\n")
     return csv_text.scan(memoryview(text)[1 : end - start + 1], before, after, head.delimiter)
@@ -171,8 +172,9 @@ def read_range(part: Span, head: Heading, direct: Direct | None = None) -> Parse
     """
     start, end, in_quotes, line = part.start, part.end, part.in_quotes, part.line
     with packed.opened(part.location) as file:
-        file.seek(start - 1)
-        text = file.read(end - start + 1)
+        file.seek(max(0, start - 1))
+        text = file.read(end - max(0, start - 1))
+        text = text if start else b"\n" + text  # a file without a heading
         # the text begins one byte early: a line end there makes `start` the beginning of a record
         first = 1 if start == head.offset else csv_text.record_start(text, in_quotes ^ (text[:1] == b'"'))
         if first is None or first > end - start:
