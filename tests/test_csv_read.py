@@ -16,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raylway.data import columns, csv_read, csv_text, items
-from raylway.data.files import Location, zip_members
+from raylway.data.location import Location
+from raylway.data.packed import zip_members
 from raylway.data.items import Reading, Stream
 from raylway.errors import UserError
 

@@ -80,7 +80,9 @@ def read_group(location: Location, group: int, columns: list[str]) -> Iterator[p
 def read_some(location: Location, group: int, columns: list[str], rows: int) -> pa.Table:
     """The first rows of a group."""
     if location.format == "arrow":
-        return next(read_group(location, group, columns), pa.table({name: pa.nulls(0) for name in columns})).slice(0, rows)
+        return next(read_group(location, group, columns), pa.table({name: pa.nulls(0) for name in columns})).slice(
+            0, rows
+        )
     with _whole(location), _parquet(location) as file:
         batch = next(file.iter_batches(rows, [group], _top(file, columns), use_threads=False), None)
         table = pa.Table.from_batches([batch]) if batch is not None else file.schema_arrow.empty_table()
@@ -157,7 +159,7 @@ def _parquet(location: Location) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _ipc(location: Location) -> Iterator[tuple[Any, list[int]]]:
-    """An Arrow file's reader and the rows of its batches; of a stream, or a remote file, no rows: it is read in turn."""
+    """An Arrow file's reader and the rows of its batches; of a stream or remote file no rows: it is read in turn."""
     with ExitStack() as stack:
         source: Any
         if location.is_remote:

@@ -81,7 +81,7 @@ class Parsed:
     """Records that are not among the N; `row_id` is the line."""
 
 
-def heading(location: Location, dialect: csv_text.Dialect = csv_text.Dialect()) -> Heading | None:
+def heading(location: Location, dialect: csv_text.Dialect = csv_text.PLAIN) -> Heading | None:
     """The heading of a file; None if it holds nothing but blanks."""
     with packed.text_of(location) as file:
         data = exactly(file, csv_text.HEADING_BYTES)
@@ -334,13 +334,7 @@ def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Ite
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline="")
     # a cell that is still open at the end of the file swallows the sentinel: the csv module itself does not tell
-    quoting = csv.QUOTE_MINIMAL if head.quote else csv.QUOTE_NONE
-    reader = csv.reader(
-        itertools.chain(lines, ["\n", _SENTINEL]),
-        delimiter=head.delimiter,
-        quotechar=head.quote or None,
-        quoting=quoting,
-    )
+    reader = csv_text.records_of(itertools.chain(lines, ["\n", _SENTINEL]), head.delimiter, head.quote)
     rows: list[list[str]] = []
     starts: list[int] = []
     rejects: list[Reject] = []

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -36,6 +38,9 @@ class Dialect(msgspec.Struct, frozen=True):
     """Names of the columns of files without a heading."""
 
 
+PLAIN = Dialect()
+
+
 class Heading(msgspec.Struct, frozen=True):
     """What the first line of a file says."""
 
@@ -50,7 +55,7 @@ class Heading(msgspec.Struct, frozen=True):
     decimal: str = "."
 
 
-def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = Dialect()) -> Heading | None:
+def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) -> Heading | None:
     """The heading of a file that begins with `data`.
 
     The delimiter, if it is not named, is the one of comma, semicolon, tab and bar that stands most often in the first
@@ -89,11 +94,7 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = Dialect
         else:
             raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
     delimiter = dialect.delimiter or _delimiter(text, dialect)
-    quoting = csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, quotechar=dialect.quote or None, quoting=quoting
-    )
-    columns = next(reader)
+    columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
     if dialect.columns:
         if columns == dialect.columns:
             raise UserError(
@@ -107,6 +108,13 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = Dialect
     line = 1 + _line_ends(np.frombuffer(data[:after], np.uint8))
     _check_columns(columns, f"{name}:{line - 1 if after > end else line}")
     return Heading(delimiter, columns, after, line, dialect.quote, dialect.decimal)
+
+
+def records_of(lines: Iterable[str], delimiter: str, quote: str) -> Any:
+    """The records of Python's csv module; an object of its with `line_num`."""
+    if quote:
+        return csv.reader(lines, delimiter=delimiter, quotechar=quote)
+    return csv.reader(lines, delimiter=delimiter, quotechar=None, quoting=csv.QUOTE_NONE)
 
 
 def check_columns(columns: list[str], where: str) -> None:

@@ -70,7 +70,7 @@ def find(texts: Sequence[str], bases: list[Path], where: str, declared: Format |
             ) from None
         for location in found:
             _check_readable(location, where)
-            for each in _members(location):
+            for each in members(location):
                 by_path.setdefault((each.path, each.function, each.member), each)
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
@@ -126,7 +126,12 @@ def _find_one(text: str, bases: list[Path], where: str, declared: Format | None)
     )
 
 
-def _members(location: Location) -> list[Location]:
+def members(location: Location) -> list[Location]:
+    """The data files of a zip archive; another file itself.
+
+    Raises:
+        UserError: The archive is damaged, encrypted or holds no data file.
+    """
     if location.compression != "zip" or location.function:
         return [location]
     return packed.zip_members(location)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from raylway.data.location import Location
 from raylway.errors import UserError
 
+
 def call(location: Location, where: str) -> pa.Table:
     """The table that the user's function returns.
 

@@ -289,9 +289,7 @@ def _parsed(parsed: Parsed, part: Part, base: int, reading: Reading) -> tuple[pa
     rejects = [msgspec.structs.replace(reject, row_id=base + reject.row_id) for reject in parsed.rejects]
     if location.encoding != "utf-8":
         told = {"the cell is not UTF-8": f"the cell is not {location.encoding}"}
-        rejects = [
-            msgspec.structs.replace(reject, reason=told.get(reject.reason, reject.reason)) for reject in rejects
-        ]
+        rejects = [msgspec.structs.replace(reject, reason=told.get(reject.reason, reject.reason)) for reject in rejects]
     return table.select([*reading.columns, ROW_ID]), rejects
 
 

@@ -168,6 +168,15 @@ def split_cells(cells: pa.Array, row_ids: np.ndarray, as_text: bool, declared: b
     return stored, seen
 
 
+def unmarked(table: pa.Table) -> pa.Table:
+    """The table with its marked cells as plain text."""
+    for index, kind in enumerate(table.schema.types):
+        if pa.types.is_string(kind):
+            cells = pc.utf8_slice_codeunits(table.column(index), 1, None)
+            table = table.set_column(index, table.column_names[index], cells)
+    return table
+
+
 def _flat(raw: bytes) -> dict[str, Any]:
     """The cells of a line: text, `_Number`, bool, list or None."""
     try:
@@ -233,6 +242,4 @@ def _shown(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_pairs, parse_float=_Number, parse_int=_Number, parse_constant=_constant
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_Number, parse_int=_Number, parse_constant=_constant)

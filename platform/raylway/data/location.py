@@ -141,4 +141,3 @@ def refuse_credentials(address: str, where: str) -> None:
             found=f"{scheme}:// address with {'a user before @' if user else 'a signature or key after ?'}",
             fix="take them out; s3:// and gs:// take credentials from the environment, such as AWS_ACCESS_KEY_ID",
         )
-

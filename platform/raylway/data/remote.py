@@ -1,4 +1,11 @@
 from __future__ import annotations
+
 SCHEMES = ()
-def opened(location): raise NotImplementedError
-def find(text, where, declared): raise NotImplementedError
+
+
+def opened(location):
+    raise NotImplementedError
+
+
+def find(text, where, declared):
+    raise NotImplementedError

@@ -13,15 +13,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylway.data import arrow_read, clean, columns, csv_read, describe, division, items, outcome, report, warnings
+from raylway.data import (
+    arrow_read,
+    clean,
+    columns,
+    csv_read,
+    describe,
+    division,
+    items,
+    lines_read,
+    outcome,
+    report,
+    warnings,
+)
 from raylway.data.clean import Rules
 from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.decide import lost, refuse_infinite
 from raylway.data.division import Division
-from raylway.data.files import Location, file_at, zip_members
+from raylway.data.files import file_at, members
 from raylway.data.items import ROW_ID, Piece, Reading
-from raylway.data.opening import Source, no_rows, open_source
+from raylway.data.location import Location
+from raylway.data.opening import Asked, Source, no_rows, open_files, open_source
 from raylway.data.outcome import Found, Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
@@ -70,7 +83,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     Raises:
         UserError: Whatever of it preparation would raise and the sample can show.
     """
-    source = open_source(loaded)
+    source = open_source(loaded, head=True)
     names = check_names(loaded, source.columns)
     pieces, share = _heads(source, names.numeric, max_bytes)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):
@@ -250,24 +263,17 @@ _LINE, _PLACE = "\0line", "\0place"
 
 
 def _file_tables(location: Location, wanted: dict[str, Input]) -> Iterator[tuple[pa.Table, list[Reject]]]:
-    """The file in parts: its columns among the inputs (CSV as text), row numbers or lines, and what was refused."""
-    members = zip_members(location) if location.compression == "zip" else [location]
-    for member in members:
-        if location.format == "parquet":
-            names, _, groups = arrow_read.footer(member)
-            present = _present(names, wanted, member)
-            first = 1
-            for group, (rows, _) in enumerate(groups):
-                yield items.numbered(arrow_read.read_group(member, group, present), first), []
-                first += rows
-            continue
-        heading = csv_read.heading(member)
-        if heading is None:
+    """The file in parts: its columns among the inputs (text files' as text), row numbers or lines, and what was
+    refused."""
+    asked = Asked(wanted=frozenset(wanted))
+    for member in members(location):
+        source = open_files([member], asked, member.name)
+        if not source.columns:
             raise UserError("the file is empty", where=member.name, expected="a heading and rows")
-        present = _present(heading.columns, wanted, member)
-        for parsed in csv_read.read_stream(member, heading, csv_read.RANGE_BYTES):
-            table = pa.table({name: parsed.columns[name] for name in present})
-            yield table.append_column(ROW_ID, pa.array(parsed.lines, pa.uint64())), parsed.rejects
+        reading = Reading(_present(source.columns, wanted, member), [], csv_read.RANGE_BYTES)
+        for part in source.parts:
+            for table, rejects in items.tables(part, reading):
+                yield lines_read.unmarked(table) if source.format == "jsonl" else table, rejects
 
 
 def _present(names: list[str], wanted: dict[str, Input], location: Location) -> list[str]:
