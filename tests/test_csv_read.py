@@ -182,13 +182,13 @@ def test_a_cut_archive_is_named(tmp_path):
     ],
 )
 def test_headings(data, columns, delimiter):
-    found = csv_text.read_heading(data, True, "f.csv")
+    found = csv_text.read_heading(data, True, Location("f.csv", "f.csv"))
     assert (found.columns, found.delimiter) == (columns, delimiter)
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"  \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_a_blank_file_has_no_heading(data):
-    assert csv_text.read_heading(data, True, "f.csv") is None
+    assert csv_text.read_heading(data, True, Location("f.csv", "f.csv")) is None
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_blank_file_has_no_heading(data):
 )
 def test_headings_that_are_refused(data, words):
     with pytest.raises(UserError, match=words) as caught:
-        csv_text.read_heading(data, True, "f.csv")
+        csv_text.read_heading(data, True, Location("f.csv", "f.csv"))
     assert "f.csv" in str(caught.value)
 
 

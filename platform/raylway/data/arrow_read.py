@@ -39,7 +39,8 @@ def read_group(location: Location, group: int, columns: list[str]) -> pa.Table:
     """One row group, columns in the given order."""
     try:
         with pq.ParquetFile(location.path) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False).select(columns)
+            there = [name for name in columns if name in file.schema_arrow.names]
+            return _completed(file.read_row_group(group, columns=there, use_threads=False), columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(location, error) from None
 
@@ -48,11 +49,20 @@ def read_some(location: Location, group: int, columns: list[str], rows: int) -> 
     """The first rows of a row group."""
     try:
         with pq.ParquetFile(location.path) as file:
-            batch = next(file.iter_batches(rows, [group], columns, use_threads=False), None)
             schema = file.schema_arrow
+            there = [name for name in columns if name in schema.names]
+            batch = next(file.iter_batches(rows, [group], there, use_threads=False), None)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(location, error) from None
-    return (pa.Table.from_batches([batch]) if batch is not None else schema.empty_table()).select(columns)
+    return _completed(pa.Table.from_batches([batch]) if batch is not None else schema.empty_table(), columns)
+
+
+def _completed(table: pa.Table, columns: list[str]) -> pa.Table:
+    """The table with these columns in this order; one that its file lacks is missing in every row."""
+    for name in columns:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows))
+    return table.select(columns)
 
 
 def stored(

@@ -17,13 +17,12 @@ from typing import BinaryIO, Protocol
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 
-from raylway.data import csv_text
-from raylway.data.columns import MISSING_WORDS
+from raylway.data import csv_cells, csv_text, text_read
+from raylway.data.csv_cells import Direct
 from raylway.data.csv_text import Heading, Scan
 from raylway.data.files import Location
+from raylway.data.text_read import open_bytes
 from raylway.errors import UserError
 
 RANGE_BYTES = 16 << 20
@@ -34,10 +33,6 @@ _LONGEST_STEPS = 8
 """A record longer than so many steps is most likely a quote that never closes: the csv module takes over."""
 _LONGEST_SHOWN = 10_000
 _SENTINEL = "\0 end of the file"
-
-
-Direct = dict[str, str]
-"""Columns to read as numbers at once, each int64 or float64."""
 
 
 class Span(Protocol):
@@ -85,16 +80,6 @@ class Parsed:
     """Records that are not among the N; `row_id` is the line."""
 
 
-def open_bytes(location: Location) -> BinaryIO:
-    """The file's bytes, unpacked."""
-    if location.compression == "zip":
-        archive = zipfile.ZipFile(location.path)
-        return archive.open(location.member or archive.namelist()[0])  # type: ignore[return-value]
-    if location.compression == "gz":
-        return gzip.open(location.path)  # type: ignore[return-value]
-    return Path(location.path).open("rb")
-
-
 @contextmanager
 def damage_named(location: Location) -> Iterator[None]:
     """Turn what a damaged archive raises into a `UserError` with the file's name."""
@@ -120,8 +105,10 @@ def text_bytes(location: Location) -> int:
 def heading(location: Location) -> Heading | None:
     """The heading of a file; None if it holds nothing but blanks."""
     with damage_named(location), open_bytes(location) as file:
+        if location.format != "csv":
+            return text_read.heading(location, _exactly(file, text_read.HEAD_BYTES))
         data = _exactly(file, csv_text.HEADING_BYTES)
-        return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location.name)
+        return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location)
 
 
 def read_stream(location: Location, head: Heading, step: int) -> Iterator[Parsed]:
@@ -130,6 +117,12 @@ def read_stream(location: Location, head: Heading, step: int) -> Iterator[Parsed
     Raises:
         UserError: The file is damaged, or a quoted cell never closes.
     """
+    if location.format != "csv":
+        with damage_named(location):
+            for columns, lines, refused in text_read.read(location, head.columns, step):
+                rejects = [Reject(number, None, reason, cell) for number, reason, cell in refused]
+                yield Parsed(columns, lines, rejects)
+        return
     with damage_named(location), open_bytes(location) as file:
         _exactly(file, head.offset)
         line, carry = head.line, b""
@@ -160,6 +153,9 @@ def read_head(location: Location, head: Heading, limit: int) -> tuple[list[Parse
         UserError: The file is damaged, or short enough to tell that a quoted cell never closes.
     """
     parsed: list[Parsed] = []
+    if location.format != "csv":
+        size = max(1, text_bytes(location))
+        return [next(read_stream(location, head, limit), Parsed({}, np.zeros(0, np.int64)))], min(1.0, limit / size)
     with damage_named(location), open_bytes(location) as file:
         _exactly(file, head.offset)
         body = _exactly(file, limit)
@@ -176,9 +172,9 @@ def read_head(location: Location, head: Heading, limit: int) -> tuple[list[Parse
                     raise
         if whole:
             return parsed, 1.0
-        if location.compression == "gz":
+        if location.compression == "gz" and not text_read.is_recoded(location):
             return parsed, min(1.0, Path(location.path).stat().st_size and file.fileobj.tell() / location.size)  # type: ignore[attr-defined]
-    return parsed, cut / max(1, text_bytes(location) - head.offset)
+    return parsed, min(1.0, cut / max(1, text_bytes(location) - head.offset))
 
 
 def scan_range(path: str, start: int, end: int, head: Heading) -> Scan:
@@ -249,85 +245,12 @@ def parse(body: bytes, head: Heading, line: int, direct: Direct | None = None) -
     lines = line + found.lines[good]
     if not len(lines):
         return Parsed({name: pa.array([], pa.string()) for name in head.columns}, lines, rejects)
-    table = _numbers(body, head, found.multiline, direct) if direct else None
+    table = csv_cells.numbers(body, head, found.multiline, direct) if direct else None
     if table is None:
-        table = _columns(body, head, found.multiline, {})
+        table = csv_cells.columns(body, head, found.multiline, {})
     assert table.num_rows == len(lines), "pyarrow and the record scan disagree"
     columns = [table[name].combine_chunks() for name in head.columns]
     return _checked(Parsed(dict(zip(head.columns, columns, strict=True)), lines, rejects))
-
-
-def _numbers(body: bytes, head: Heading, multiline: bool, direct: Direct) -> pa.Table | None:
-    """The cells with the columns in `direct` as numbers; None if one of them holds anything else."""
-    if _has_odd_zero(body, head.delimiter):
-        return None
-    try:
-        table = _columns(body, head, multiline, direct)
-    except pa.ArrowInvalid:
-        return None
-    for name, kind in direct.items():
-        column = table[name]
-        finite = kind == "int64" or pc.all(pc.is_finite(column)).as_py() is not False
-        if not finite or column.null_count == len(column):
-            return None
-    return table
-
-
-def _has_odd_zero(body: bytes, delimiter: str) -> bool:
-    """Whether a cell begins like 007 or 0x7, which Arrow would read as a number; a sign, a quote or blanks may precede
-    it. Finds a few more, which costs time only."""
-    text = np.frombuffer(b"".join([b"\n\n", body, b"\n"]), np.uint8)
-    zero, following, before, first = text[2:-1] == ord("0"), text[3:], text[1:-2], text[:-3]
-    odd = zero & ((following - np.uint8(ord("0")) < 10) | (following | np.uint8(32) == ord("x")))
-    begins = _begins_cell(before, delimiter)
-    signed = ((before == ord("-")) | (before == ord("+"))) & _begins_cell(first, delimiter)
-    return bool((odd & (begins | signed)).any())
-
-
-def _begins_cell(before: np.ndarray, delimiter: str) -> np.ndarray:
-    found = before == ord(delimiter)
-    for other in b'\n\r" \t':
-        found |= before == other
-    return found
-
-
-def _columns(body: bytes, head: Heading, multiline: bool, direct: Direct) -> pa.Table:
-    """Every cell as bytes, those in `direct` as numbers. One block, so that no cell straddles two and no type changes
-    on the way."""
-    kinds = {"int64": pa.int64(), "float64": pa.float64()}
-    table = _read(body, head, multiline, {name: kinds[kind] for name, kind in direct.items()})
-    if not direct:
-        return table
-    columns = [
-        column if name in direct else _without_empty(column) for name, column in zip(head.columns, table, strict=True)
-    ]
-    return pa.table(columns, head.columns)
-
-
-def _without_empty(column: pa.ChunkedArray) -> pa.Array:
-    """Cells of bytes, the empty ones null; nothing is copied but the mask."""
-    cells = column.combine_chunks()
-    _, offsets, content = cells.buffers()
-    filled = np.diff(np.frombuffer(offsets, np.int32, len(cells) + 1, 4 * cells.offset)) > 0
-    if filled.all():
-        return cells
-    mask = pa.py_buffer(np.packbits(filled, bitorder="little"))
-    return pa.Array.from_buffers(pa.binary(), len(cells), [mask, offsets, content], offset=0)
-
-
-def _read(body: bytes, head: Heading, multiline: bool, numbers: dict[str, pa.DataType]) -> pa.Table:
-    return pa_csv.read_csv(
-        pa.BufferReader(body),
-        pa_csv.ReadOptions(column_names=head.columns, block_size=len(body) + 1, use_threads=False),
-        pa_csv.ParseOptions(delimiter=head.delimiter, newlines_in_values=multiline),
-        pa_csv.ConvertOptions(
-            column_types=dict.fromkeys(head.columns, pa.binary()) | numbers,
-            null_values=["", *MISSING_WORDS] if numbers else [""],
-            # text columns keep their missing words, so their empty cells are found in another way then
-            strings_can_be_null=not numbers,
-            quoted_strings_can_be_null=True,
-        ),
-    )
 
 
 def _checked(parsed: Parsed) -> Parsed:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from raylway.data.files import Location
 from raylway.errors import UserError
 
 _LF, _CR, _QUOTE = 10, 13, 34
@@ -35,7 +36,7 @@ class Heading(msgspec.Struct, frozen=True):
     """Line that the first record starts on."""
 
 
-def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
+def read_heading(data: bytes, whole: bool, location: Location) -> Heading | None:
     """The heading of a file that begins with `data`.
 
     The delimiter is the one of comma, semicolon, tab and bar that stands most often in the heading outside quotes.
@@ -43,7 +44,7 @@ def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
     Args:
         data: The file's first bytes, `HEADING_BYTES` or fewer.
         whole: Whether that is all of the file.
-        name: For messages.
+        location: The file; it may say the delimiter, and the columns of a file without a heading.
 
     Returns:
         None for a file without anything but blanks.
@@ -51,11 +52,14 @@ def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
     Raises:
         UserError: The text is not UTF-8, or the heading lacks a name, repeats one or does not end.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
-        raise _not_utf8(name, "UTF-16 or no text at all")
+    name = location.name
+    if b"\0" in data[:4096]:
+        raise _not_utf8(name, "UTF-16 without a byte-order mark, or no text at all")
     start = len(_BOM) if data.startswith(_BOM) else 0
     if not data[start:].strip():
         return None
+    if location.columns:
+        return Heading("," if location.delimiter == "auto" else location.delimiter, location.columns, start, 1)
     begin = len(data) - len(data[start:].lstrip(b"\r\n"))
     end = _record_end(data, begin)
     if end is None:
@@ -67,7 +71,7 @@ def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
         text = data[begin:end].decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
-    delimiter = _delimiter(text)
+    delimiter = _delimiter(text) if location.delimiter == "auto" else location.delimiter
     columns = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     line = 1 + _line_ends(np.frombuffer(data[:after], np.uint8))
     _check_columns(columns, f"{name}:{line - 1 if after > end else line}")
@@ -252,5 +256,5 @@ def _not_utf8(name: str, found: str) -> UserError:
         where=name,
         expected="UTF-8, with or without a byte-order mark",
         found=found,
-        fix="save it as UTF-8, such as with: iconv -f ENCODING -t UTF-8 FILE > NEW",
+        fix="name its encoding, such as data.read.encoding: cp1252",
     )

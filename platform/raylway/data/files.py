@@ -5,20 +5,18 @@ Nothing here reads rows of files, and neither ray nor torch is imported.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import functools
 import glob
-import importlib
 import importlib.util
 import os
-import sysconfig
-import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
-import pyarrow as pa
 
 from raylway import storage
 from raylway.errors import UserError
@@ -26,10 +24,12 @@ from raylway.features.prepared import SPLITS, SplitName
 from raylway.job.load import LoadedJob
 from raylway.job.schema import Files
 
-Format = Literal["csv", "parquet", "python"]
-_CSV_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".zip")
+Format = Literal["csv", "jsonl", "text", "parquet", "python"]
+_TEXT_ENDINGS: dict[str, Format] = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
+_PACKED = (".gz", ".bz2", ".zst")
 _PARQUET_ENDINGS = (".parquet", ".pq")
-ENDINGS = ", ".join((*_CSV_ENDINGS, *_PARQUET_ENDINGS))
+_ALL_ENDINGS = (*_TEXT_ENDINGS, *(f"{kind}{packed}" for kind in _TEXT_ENDINGS for packed in _PACKED), ".zip")
+ENDINGS = f"{', '.join(_TEXT_ENDINGS)}, each perhaps with {', '.join(_PACKED)}; .zip; {', '.join(_PARQUET_ENDINGS)}"
 _WHERE = "data.source"
 
 
@@ -47,16 +47,31 @@ class Location(msgspec.Struct, frozen=True):
     side: SplitName | None = None
     """Where its rows go, if the job names files for each side."""
 
+    kind: Literal["auto", "csv", "jsonl", "text", "parquet"] = "auto"
+    """`data.read.format`."""
+    delimiter: str = "auto"
+    encoding: str = "auto"
+    columns: list[str] = []
+    """Of CSV files without a heading."""
+
     @property
     def format(self) -> Format:
         if self.function:
             return "python"
-        return "parquet" if self.path.lower().endswith(_PARQUET_ENDINGS) else "csv"
+        if self.kind != "auto":
+            return self.kind
+        lower = (self.member or self.path).lower()
+        if lower.endswith(_PARQUET_ENDINGS):
+            return "parquet"
+        for packed in _PACKED:
+            lower = lower.removesuffix(packed)
+        return next((kind for ending, kind in _TEXT_ENDINGS.items() if lower.endswith(ending)), "csv")
 
     @property
-    def compression(self) -> Literal["zip", "gz", ""]:
+    def compression(self) -> Literal["zip", "gz", "bz2", "zst", ""]:
         lower = self.path.lower()
-        return "zip" if lower.endswith(".zip") else "gz" if lower.endswith(".gz") else ""
+        kinds: tuple[Literal["zip", "gz", "bz2", "zst"], ...] = ("zip", "gz", "bz2", "zst")
+        return next((kind for kind in kinds if lower.endswith(f".{kind}")), "")
 
     @property
     def size(self) -> int:
@@ -90,19 +105,39 @@ def locate(loaded: LoadedJob) -> list[Location]:
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
         raise UserError("the source names nothing", where=where, expected="a file, glob, folder, pkg:// or python://")
+    if loaded.job.data.read.format == "auto":
+        _refuse_mixed(locations, where)
+    for location in locations:
+        _check_readable(location, where)
+    read = loaded.job.data.read
+    asked = {"kind": read.format, "delimiter": read.delimiter, "encoding": _encoding(loaded), "columns": read.columns}
+    return [msgspec.structs.replace(location, **asked) for location in locations]
+
+
+def _refuse_mixed(locations: list[Location], where: str) -> None:
     formats = sorted({location.format for location in locations})
     if len(formats) > 1 or (formats == ["python"] and len(locations) > 1):
         examples = [next(location.name for location in locations if location.format == kind) for kind in formats]
         raise UserError(
             "the files of one source must have one format",
             where=where,
-            expected="CSV files only, Parquet files only, or one python:// function",
+            expected="files of one format only, or one python:// function",
             found=", ".join(f"{kind} ({name})" for kind, name in zip(formats, examples, strict=True)),
             fix="name the files of one format, such as FOLDER/*.csv",
         )
-    for location in locations:
-        _check_readable(location, where)
-    return locations
+
+
+def _encoding(loaded: LoadedJob) -> str:
+    name = loaded.job.data.read.encoding
+    try:
+        return name if name == "auto" else codecs.lookup(name).name
+    except LookupError:
+        raise UserError(
+            "there is no such encoding",
+            where=loaded.location("data.read.encoding"),
+            expected="a name such as utf-8, cp1252, latin-1 or utf-16",
+            found=name,
+        ) from None
 
 
 def _texts(source: str | list[str] | Files) -> list[tuple[SplitName | None, str]]:
@@ -161,7 +196,9 @@ def zip_members(location: Location) -> list[Location]:
         raise UserError(
             "the archive is damaged", where=location.name, expected="a zip archive", found=str(error)
         ) from None
-    wanted = sorted(entry.filename for entry in entries if entry.filename.lower().endswith((".csv", ".tsv")))
+    every = [entry.filename for entry in entries if entry.filename.lower().endswith(tuple(_TEXT_ENDINGS))]
+    # a text beside data is a note about it
+    wanted = sorted([name for name in every if not name.lower().endswith(".txt")] or every)
     locked = [entry.filename for entry in entries if entry.flag_bits & 1]
     if locked:
         raise UserError("the archive is encrypted", where=location.name, found=locked[0], fix="unpack it first")
@@ -173,84 +210,28 @@ def zip_members(location: Location) -> list[Location]:
         raise UserError(
             "the archive holds no data file",
             where=location.name,
-            expected="one or more .csv or .tsv files",
+            expected=f"one or more files ending in {', '.join(_TEXT_ENDINGS)}",
             found=", ".join(entry.filename for entry in entries[:5]) or "nothing",
         )
     several = len(wanted) > 1
+    if len({Location(name, name).format for name in wanted}) > 1 and location.kind == "auto":
+        raise UserError(
+            "the files in the archive must have one format",
+            where=location.name,
+            expected="CSV files only, or JSON Lines only",
+            found=", ".join(wanted[:5]),
+        )
     return [
         msgspec.structs.replace(location, name=f"{location.name}/{name}" if several else location.name, member=name)
         for name in wanted
     ]
 
 
-def call(location: Location, where: str) -> pa.Table:
-    """The table that the user's function returns.
-
-    Raises:
-        UserError: The module or function is not there, fails (the user's own line is named) or returns no table.
-    """
-    assert location.function is not None
-    module_name, _, function_name = location.function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            near = difflib.get_close_matches(function_name, vars(module), n=1)
-            raise UserError(
-                f"{location.path} has no function {function_name!r}",
-                where=where,
-                found=location.name,
-                fix=f"did you mean {near[0]!r}?" if near else "name a function without arguments",
-            )
-        result = function()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - what the user's code raises is shown with its own line
-        raise UserError(
-            f"{location.name} failed: {type(error).__name__}: {error}",
-            where=_user_line(error, location),
-            expected="a function that returns a pandas DataFrame, a pyarrow Table or a dict of columns",
-            fix=f"correct the function; the job names it at {where}",
-        ) from None
-    return _as_table(result, location, where)
-
-
-def _as_table(result: Any, location: Location, where: str) -> pa.Table:
-    if isinstance(result, pa.Table):
-        return result
-    try:
-        if isinstance(result, dict):
-            return pa.table(result)
-        if type(result).__module__.partition(".")[0] == "pandas" and hasattr(result, "columns"):
-            return pa.Table.from_pandas(result, preserve_index=False)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        raise UserError(
-            f"the table that {location.name} returned can't be used: {error}",
-            where=where,
-            expected="columns of one type and one length each",
-            fix="give each column one type, such as frame['x'] = frame['x'].astype(str)",
-        ) from None
-    raise UserError(
-        f"{location.name} returned no table",
-        where=where,
-        expected="a pandas DataFrame, a pyarrow Table or a dict of columns",
-        found=f"a value of type {type(result).__name__}",
-    )
-
-
-def _user_line(error: BaseException, location: Location) -> str:
-    """`file:line, in function` of the innermost frame that is neither ours nor an installed package's."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    foreign = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "<frozen", __file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(foreign)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else location.name
-
-
 def _locate_one(text: str, loaded: LoadedJob, where: str) -> list[Location]:
     scheme, separator, rest = text.partition("://")
+    is_data = _is_data if loaded.job.data.read.format == "auto" else _any_ending
     if not separator:
-        return _local(text, text, [loaded.folder, Path.cwd()], where)
+        return _local(text, text, [loaded.folder, Path.cwd()], where, is_data)
     if scheme == "pkg":
         package, _, path = rest.partition("/")
         spec = importlib.util.find_spec(package) if package and "." not in package else None
@@ -261,7 +242,7 @@ def _locate_one(text: str, loaded: LoadedJob, where: str) -> list[Location]:
                 found=text,
                 fix=f"install it with: pip install {package}",
             )
-        return _local(path, text, [Path(spec.submodule_search_locations[0])], where)
+        return _local(path, text, [Path(spec.submodule_search_locations[0])], where, is_data)
     if scheme == "python":
         return [_function(rest, text, where)]
     raise UserError(
@@ -290,18 +271,24 @@ def _function(rest: str, text: str, where: str) -> Location:
     return Location(text, str(Path(spec.origin).absolute()), function=rest)
 
 
-def _local(path: str, text: str, bases: list[Path], where: str) -> list[Location]:
+def _local(path: str, text: str, bases: list[Path], where: str, is_data: Callable[[str], bool]) -> list[Location]:
     for base in bases:
         candidate = base / Path(path).expanduser()
         if candidate.is_file():
-            if not candidate.name.lower().endswith((*_CSV_ENDINGS, *_PARQUET_ENDINGS)):
-                raise UserError("the file is of no known format", where=where, expected=ENDINGS, found=text)
+            if not is_data(candidate.name):
+                raise UserError(
+                    "the file is of no known format",
+                    where=where,
+                    expected=ENDINGS,
+                    found=text,
+                    fix="name its format with data.read.format",
+                )
             return [Location(text, str(candidate.absolute()))]
         if candidate.is_dir():
-            return _folder(candidate, text, where)
+            return _folder(candidate, text, where, is_data)
         if glob.has_magic(path):
             found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
-            if files := [file for file in found if file.is_file() and _is_data(file.name)]:
+            if files := [file for file in found if file.is_file() and is_data(file.name)]:
                 # the glob's own words up to its first wildcard, then what was found
                 fixed = Path(*_until_magic(Path(path).expanduser()))
                 shown = text[: len(text) - len(path)]
@@ -315,11 +302,11 @@ def _local(path: str, text: str, bases: list[Path], where: str) -> list[Location
     )
 
 
-def _folder(folder: Path, text: str, where: str) -> list[Location]:
+def _folder(folder: Path, text: str, where: str, is_data: Callable[[str], bool]) -> list[Location]:
     files = [
         file
         for file in folder.rglob("*")
-        if file.is_file() and _is_data(file.name) and not _is_hidden(file.relative_to(folder).as_posix())
+        if file.is_file() and is_data(file.name) and not _is_hidden(file.relative_to(folder).as_posix())
     ]
     if not files:
         raise UserError("the folder holds no data file", where=where, expected=f"files ending in {ENDINGS}", found=text)
@@ -341,7 +328,12 @@ def _until_magic(path: Path) -> list[str]:
 
 
 def _is_data(name: str) -> bool:
-    return name.lower().endswith((*_CSV_ENDINGS, *_PARQUET_ENDINGS))
+    return name.lower().endswith((*_ALL_ENDINGS, *_PARQUET_ENDINGS))
+
+
+def _any_ending(_: str) -> bool:
+    """The job says the format."""
+    return True
 
 
 def _is_hidden(path: str) -> bool:

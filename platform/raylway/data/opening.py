@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pyarrow as pa
 
 from raylway.data import arrow_read, csv_read
 from raylway.data.csv_text import Heading, check_columns
 from raylway.data.decide import Places
-from raylway.data.files import Format, Location, call, locate, zip_members
+from raylway.data.files import Format, Location, locate, zip_members
+from raylway.data.function import call
 from raylway.data.items import Group, Part, Slice, Stream
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS
@@ -32,7 +34,7 @@ class Source:
 
     @property
     def places(self) -> Places:
-        return Places(self.files, self.format == "csv")
+        return Places(self.files, self.format in ("csv", "jsonl", "text"))
 
     @property
     def sides(self) -> list[int]:
@@ -77,7 +79,7 @@ def _from_csv(locations: list[Location]) -> Source:
     files: list[Location] = []
     for location in locations:
         files += zip_members(location) if location.compression == "zip" else [location]
-    parts: list[Part] = []
+    parts: list[Stream] = []
     notes: list[str] = []
     columns: list[str] = []
     first = ""
@@ -87,22 +89,41 @@ def _from_csv(locations: list[Location]) -> Source:
             notes.append(f"{location.name} is empty; it adds no rows")
             continue
         first = first or location.name
-        columns = _agreed(columns, heading.columns, first, location.name)
+        if location.format == "jsonl":  # an absent key is a missing cell
+            columns = list(dict.fromkeys([*columns, *heading.columns]))
+        else:
+            columns = _agreed(columns, heading.columns, first, location.name)
         parts.append(Stream(index, location, heading, csv_read.text_bytes(location)))
-    return Source("csv", [location.name for location in files], columns, parts, notes)
+    if files[0].format == "jsonl":
+        parts = [
+            msgspec.structs.replace(part, heading=msgspec.structs.replace(part.heading, columns=columns))
+            for part in parts
+        ]
+    return Source(files[0].format, [location.name for location in files], columns, list(parts), notes)
 
 
 def _from_parquet(locations: list[Location]) -> Source:
     parts: list[Part] = []
     columns: list[str] = []
+    notes: list[str] = []
     for index, location in enumerate(locations):
         names, schema, groups = arrow_read.footer(location)
-        columns = _agreed(columns, names, locations[0].name, location.name)
+        if columns and sorted(columns) != sorted(names):
+            notes.append(_differing(columns, names, location.name))
+        columns = list(dict.fromkeys([*columns, *names]))
         row = 1
         for group, (rows, size) in enumerate(groups):
             parts.append(Group(index, location, group, row, rows, size, schema))
             row += rows
-    return Source("parquet", [location.name for location in locations], columns, parts)
+    return Source("parquet", [location.name for location in locations], columns, parts, notes)
+
+
+def _differing(columns: list[str], names: list[str], file: str) -> str:
+    lacking = [repr(name) for name in columns if name not in names]
+    further = [repr(name) for name in names if name not in columns]
+    without = f"lacks {', '.join(lacking[:10])}" if lacking else ""
+    more = f"has {', '.join(further[:10])}, which files before it lack" if further else ""
+    return f"{file} {' and '.join(filter(None, [without, more]))}: such cells are missing"
 
 
 def _from_function(location: Location, where: str) -> Source:

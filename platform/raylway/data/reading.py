@@ -20,6 +20,7 @@ from raylway.data.items import Item, Part, Range, Reading, Stream
 from raylway.data.opening import Source, no_rows
 from raylway.data.passes import ReadItem
 from raylway.data.roles import Names
+from raylway.data.text_read import is_recoded
 from raylway.errors import UserError
 from raylway.features.prepared import Generation
 from raylway.job.load import LoadedJob
@@ -134,7 +135,11 @@ def _cut(source: Source) -> list[Part]:
             for start, end in items.ranges(part, step)
         ]
         for index, part in enumerate(source.parts)
-        if isinstance(part, Stream) and not part.location.compression and part.size - part.heading.offset > step
+        if isinstance(part, Stream)
+        and part.location.format == "csv"
+        and not part.location.compression
+        and not is_recoded(part.location)
+        and part.size - part.heading.offset > step
     }
     if not uncut:
         return source.parts

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from raylway import storage
 from raylway.data import arrow_read, csv_read
 from raylway.data import prepare as data_prepare
-from raylway.data.files import Location, call, locate, zip_members
+from raylway.data.files import Location, locate, zip_members
+from raylway.data.function import call
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
 from raylway.job.load import LoadedJob

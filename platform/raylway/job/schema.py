@@ -50,19 +50,13 @@ class Features(Section):
 class Read(Section):
     """How the source's files are read; what is left out is found out by a stated rule and printed."""
 
-    format: Literal["auto", "csv", "jsonl", "text", "parquet", "arrow"] = "auto"
+    format: Literal["auto", "csv", "jsonl", "text", "parquet"] = "auto"
     """`auto`: by the ending of the file's name."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | Auto = "auto"
     """What parts the cells of a CSV file; `auto`: the one of comma, semicolon, tab and bar that stands most often in
     the heading."""
-    quote: Literal['"', "'", "none"] = '"'
-    """What encloses a cell that holds a delimiter or line end."""
     encoding: Text = "auto"
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
-    decimal: Literal[".", ","] = "."
-    """The decimal mark of numbers."""
-    missing: list[str] = []
-    """Words that are missing cells in every column, such as `-999` or `unknown`."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
 
@@ -175,9 +169,9 @@ class Split(Section):
 
 class Data(Section):
     source: Text | list[Text] | Files
-    """A file, glob or folder; `s3://`, `gs://` or `https://` address; `pkg://package/path`; `python://module:function`
-    (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
-    is then theirs. A relative path is looked for beside the job file, then in the current folder."""
+    """A file, glob or folder; `pkg://package/path`; `python://module:function` (returns a table); or a list of these.
+    Or `train`, `validation` and `test`, each such a source of its own: the split is then theirs. A relative path is
+    looked for beside the job file, then in the current folder."""
     read: Read = Read()
     target: str
     """The column to predict; may be a derived one."""
