@@ -73,7 +73,7 @@ def test_an_encoding_that_does_not_fit_is_named(tmp_path: Path) -> None:
         texts(job(tmp_path, "rows.csv", read={"encoding": "utf-16"}))
     with pytest.raises(UserError, match=r"(?s)no such encoding.*klingon"):
         texts(job(tmp_path, "rows.csv", read={"encoding": "klingon"}))
-    (tmp_path / "cut.csv.zst").write_bytes(pa.compress(b"a,y\n" + b"1,2\n" * 9_000, "zstd", asbytes=True)[:40])
+    (tmp_path / "cut.csv.zst").write_bytes(pa.compress(b"a,y\n" + b"1,2\n" * 9_000, "zstd", asbytes=True)[:-8])
     with pytest.raises(UserError, match=r"cut\.csv\.zst: the compressed file is damaged"):
         texts(job(tmp_path, "cut.csv.zst"))
     (tmp_path / "cut.csv.bz2").write_bytes(bz2.compress(b"a,y\n" + b"1,2\n" * 9_000)[:-30])
