@@ -188,7 +188,9 @@ def conclude(
     }
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
-    roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
+    described = describe.merged(each.assessed.described for each in found)
+    where = loaded.location("data.features")
+    roles = choose_features(names, types, different, account.kept, empty, _dates(described), where)
     plan = _plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
@@ -205,7 +207,7 @@ def conclude(
         types,
         different,
         sentences + sides.sentences(order, told, past or []),
-        describe.merged(each.assessed.described for each in found),
+        described,
     )
 
 
@@ -243,11 +245,16 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
-    roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
     described = describe.merged(each.assessed.described for each in found)
+    where = loaded.location("data.features")
+    roles = choose_features(names, types, different, rows, empty, _dates(described), where)
     _plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
     return Preview(task, classes, roles, different, rows, sentences, described)
+
+
+def _dates(described: Described) -> list[str]:
+    return [name for name, column in described.columns.items() if column.is_date]
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:

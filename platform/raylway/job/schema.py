@@ -76,6 +76,12 @@ class ColumnTransform(Section):
     def _whole_number_is_fine(cls, value: Any) -> Any:
         return _as_float(value)
 
+    @model_validator(mode="after")
+    def _scale_or_bins(self) -> ColumnTransform:
+        if self.scale is not None and self.bins is not None:
+            raise ValueError("expected scale or bins for a column, not both: bins are a scale of their own")
+        return self
+
 
 class Transform(Section):
     """How columns become the model's numbers, fitted on the training rows only."""
@@ -87,9 +93,10 @@ class Transform(Section):
     """What stands in for a missing number with `clean.missing: impute`; a number is that number. A missing category
     always becomes the most frequent one."""
     indicator: bool = False
-    """One more input for each feature that misses cells in training: 1 where the cell was missing."""
+    """With `clean.missing: impute`, one more input for each feature that misses cells in training: 1 where it did."""
     bins: Annotated[int, Field(ge=2, le=1024)] | None = None
-    """Piecewise-linear encoding of every numeric feature over so many quantile bins (arXiv 2203.05556)."""
+    """Piecewise-linear encoding of every numeric feature over so many quantile bins (arXiv 2203.05556); a column with a
+    `scale` or `bins: null` of its own is scaled instead."""
     categories: Literal["embedding", "one_hot"] = "embedding"
     rare: Count = 1
     """Categories with fewer training rows than this share one code."""
