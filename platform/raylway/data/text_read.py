@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import zstandard
 
 from raylway.data.csv_text import Heading, check_columns
 from raylway.data.files import Location
@@ -193,38 +192,21 @@ def _begins_with(location: Location, mark: bytes) -> bool:
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file one after the other; the library's own reader takes a cut file for a whole one."""
+    """The frames of a .zst file one after the other."""
 
     def __init__(self, path: str) -> None:
-        self._file = Path(path).open("rb")  # noqa: SIM115 - closed with this reader
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._packed, self._left, self._begun = b"", b"", False
+        self._source = pa.CompressedInputStream(pa.OSFile(path), "zstd")
 
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._left:
-            packed = self._packed or self._file.read(_STEP)
-            if not packed:
-                if self._begun:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            try:
-                self._left = self._frame.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            self._begun, self._packed = True, b""
-            if self._frame.eof:
-                self._packed, self._begun = self._frame.unused_data, False
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-        taken, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
+        try:
+            content = self._source.read(len(buffer))
+        except OSError as error:
+            raise EOFError(str(error)) from None
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class _Recoded(io.RawIOBase):
