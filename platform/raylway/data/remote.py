@@ -35,12 +35,6 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
         UserError: There is none, or the bucket can't be read.
     """
     path = text.removeprefix("s3://").rstrip("/")
-    if "@" in path.split("/")[0]:
-        raise UserError(
-            "an address holds no credentials",
-            where=where,
-            expected="s3://bucket/path, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
-        )
     try:
         found = _listed(path)
     except OSError as error:
