@@ -100,7 +100,7 @@ def _listed(path: str) -> list[Any]:
     info = _system().get_file_info(fixed)
     if info.is_file:
         return [info]
-    every = _system().get_file_info(pa_fs.FileSelector(fixed, recursive=True))
+    every = _system().get_file_info(pa_fs.FileSelector(fixed, recursive=True, allow_not_found=True))
     if fixed == path:
         return every
     return [info for info in every if _fits(info.path.split("/"), path.split("/"))]
