@@ -29,7 +29,8 @@ _SERIAL_RECORDS = 1 << 16
 _LONGEST_STEPS = 8
 """A record longer than so many steps is most likely a quote that never closes: the csv module takes over."""
 _LONGEST_SHOWN = 10_000
-_SENTINEL = "\0 end of the file"
+_SENTINEL = "\0" * 8
+"""No record of a file is this: a NUL in the heading is refused, and no delimiter or quote is one."""
 
 
 Direct = dict[str, str]
