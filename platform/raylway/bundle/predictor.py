@@ -30,9 +30,6 @@ CHUNK_ROWS = 16
 and one of 64: 4 rows 0.26 and 2.7, 8 rows 0.36 and 1.7, 16 rows 0.56 and 1.3, 32 rows 0.97 and 1.0."""
 
 
-_WITHOUT_VALUE = "has no value for this row, and the model was trained without such rows"
-
-
 def shortest(probabilities: np.ndarray) -> np.ndarray:
     """float32 as the float64 with the fewest digits that rounds to it, so that all formats print the same digits."""
     texts = pa.array(probabilities.ravel()).cast(pa.string())
@@ -107,24 +104,17 @@ class Predictor:
         for each in self.signature.inputs:
             for row, why in _unusable(table[each.name], each).items():
                 reasons[row] = reasons[row] or f"{each.name} is {why}"
-        for name, rows in self._encoder.missing(table).items():
-            for row in np.flatnonzero(rows).tolist():
-                reasons[row] = reasons[row] or f"{name} {_WITHOUT_VALUE}"
+        for row, (name, why) in self._encoder.unanswerable(table).items():
+            reasons[row] = reasons[row] or f"{name} {why}"
         return reasons
 
     def problems(self, rows: Rows) -> list[Problem]:
         """What keeps checked rows from being answered all the same: a derived feature without a value, where training
-        left such rows out.
-
-        Raises:
-            UserError: A derived feature can't be computed.
-        """
+        left such rows out, or a function of the user's that fails on a row."""
         if not self.bundle.record.transform.derive:
             return []
-        missing = self._encoder.missing(rows.table(self.signature))
-        return [
-            Problem(int(row), name, _WITHOUT_VALUE) for name, where in missing.items() for row in np.flatnonzero(where)
-        ][:MOST_PROBLEMS]
+        found = self._encoder.unanswerable(rows.table(self.signature))
+        return [Problem(row, name, why) for row, (name, why) in sorted(found.items())[:MOST_PROBLEMS]]
 
     def outputs(self, rows: Rows) -> np.ndarray:
         """The model's outputs, as of `forward`, for rows that `RowReader` has checked."""

@@ -182,7 +182,7 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
     for name, wanted in rules.types.items():
         stored = piece.table[name].combine_chunks()
         arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing)
-        if name in rules.dates:
+        if name in rules.dates and wanted == "string":
             arrays[name], invalid = dates_of(arrays[name])
         if invalid is not None:
             for row in np.flatnonzero(invalid):
@@ -191,7 +191,9 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
         Reject(
             piece.table[ROW_ID][row].as_py(),
             name,
-            "no date" if name in rules.dates else f"no {'whole ' if rules.types[name] == 'int64' else ''}number",
+            "no date"
+            if rules.types[name] == "string"
+            else f"no {'whole ' if rules.types[name] == 'int64' else ''}number",
             piece.table[name][row].as_py(),
         )
         for row, name in first.items()

@@ -82,8 +82,8 @@ def _role(name: str, column: Column, names: Names, roles: Roles, empty: list[str
         return "target", "the job names it" + (", derived" if name in names.derive else "")
     if name in names.drop:
         return "dropped", "listed under features.drop"
-    listed = {"numeric": names.numeric, "categorical": names.categorical}
-    for role, chosen in (("numeric", roles.numeric), ("categorical", roles.categorical)):
+    listed = {"numeric": names.numeric, "categorical": names.categorical, "date": names.date}
+    for role, chosen in (("numeric", roles.numeric), ("categorical", roles.categorical), ("date", roles.date)):
         if name in chosen:
             if column.distinct == 1 and not column.infinite:
                 return "constant", f"{role} feature with one value in every row"

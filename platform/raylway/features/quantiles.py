@@ -60,7 +60,7 @@ class Found(msgspec.Struct, frozen=True):
 
     def at(self, shares: np.ndarray, count: int) -> np.ndarray:
         """The quantiles at `shares` in [0, 1] of `count` numbers, interpolated linearly as `numpy.quantile` does."""
-        place = shares * (count - 1)
+        place = _places(shares, count)
         below = np.floor(place).astype(np.int64)
         known, ranks = _float64(self.values), _int64(self.ranks)
         low = known[np.searchsorted(ranks, below)]
@@ -75,8 +75,16 @@ class Found(msgspec.Struct, frozen=True):
 
 def ranks(shares: np.ndarray, count: int) -> np.ndarray:
     """Which order statistics, from 0, the quantiles at `shares` of `count` numbers are made of; int64, ascending."""
-    below = np.floor(shares * (count - 1)).astype(np.int64)
+    below = np.floor(_places(shares, count)).astype(np.int64)
     return np.unique(np.concatenate([below, np.minimum(below + 1, count - 1)]))
+
+
+def _places(shares: np.ndarray, count: int) -> np.ndarray:
+    """Where the quantiles lie among the sorted numbers, from 0. One that is whole but for rounding is whole: between
+    equal numbers and others a last bit would tell equal quantiles apart."""
+    place = shares * (count - 1)
+    nearest = np.rint(place)
+    return np.where(np.abs(place - nearest) <= 4 * np.finfo(float).eps * nearest, nearest, place)
 
 
 def keys(values: np.ndarray) -> np.ndarray:

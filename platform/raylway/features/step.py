@@ -209,8 +209,8 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _is_users(filename: str) -> bool:
-    """Neither installed, nor of Python, nor ours."""
+    """A file neither installed, nor of Python, nor ours."""
     paths = sysconfig.get_paths()
     ours = Path(__file__).parent.parent
     others = [paths["purelib"], paths["platlib"], paths["stdlib"], paths["platstdlib"], str(ours)]
-    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in others)
+    return Path(filename).is_file() and not any(Path(filename).is_relative_to(folder) for folder in others)

@@ -15,10 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raylway.errors import UserError
 from raylway.features.derive import derived, parsed
 from raylway.features.encode import Categories, Columns, Numbers
 from raylway.features.learnt import Behind, CategoricalFeature, NumericFeature, Target
 from raylway.features.schema import as_float64, canonical_text
+
+_WITHOUT_VALUE = "has no value for this row, and the model was trained without such rows"
 
 VERSION = 2
 """Raise it when `encode` gives other numbers for the same rows: prepared data is then made anew."""
@@ -167,17 +170,25 @@ class Encoder:
                 parts.append(column.is_null().to_numpy(zero_copy_only=False).astype(np.float64)[:, None])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def missing(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """By derived feature the rows, bool [N], in which it has no value, where the training rows were left out for
-        that: a zero divisor, or what the user's function makes of such a row. Only features with such a row.
-
-        Raises:
-            UserError: A derived column can't be computed.
-        """
-        if not self._transform.drops_missing or not self._derive:
-            return {}
-        whole = derived(table, self._derive)
+    def unanswerable(self, table: pa.Table) -> dict[int, tuple[str, str]]:
+        """By row the derived feature that keeps it from an answer, and why: it has no value (a zero divisor, say) where
+        the training rows were left out for that, or the user's function fails on the row."""
         used = {feature.column for feature in self._transform.numeric}
         used |= {feature.column for feature in self._transform.categorical}
-        found = {name: whole[name].is_null().to_numpy() for name in self._derive if name in used}
-        return {name: rows for name, rows in found.items() if rows.any()}
+        found: dict[int, tuple[str, str]] = {}
+        for name, each in self._derive.items():
+            try:
+                column = each.evaluate(table)
+            except UserError as error:
+                return self._halved(table) if table.num_rows > 1 else {0: (name, f"can't be computed: {error.what}")}
+            table = table.append_column(name, column)
+            if name in used and self._transform.drops_missing:
+                rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
+                found = dict.fromkeys(rows, (name, _WITHOUT_VALUE)) | found
+        return found
+
+    def _halved(self, table: pa.Table) -> dict[int, tuple[str, str]]:
+        """`unanswerable`, of which some row of the table makes a function fail."""
+        middle = table.num_rows // 2
+        after = self.unanswerable(table.slice(middle))
+        return self.unanswerable(table.slice(0, middle)) | {middle + row: why for row, why in after.items()}
