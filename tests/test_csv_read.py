@@ -16,8 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raylway.data import columns, csv_read, csv_text, items
-from raylway.data.files import Location, zip_members
 from raylway.data.items import Reading, Stream
+from raylway.data.location import Location
+from raylway.data.packed import zip_members
 from raylway.errors import UserError
 
 PIECES = st.sampled_from(["a", "b1", "ä", "😀", "\u2028", " ", "NA", ",", ";", '"', '""', "\n", "\r\n", "\r", "x y"])

@@ -209,6 +209,7 @@ def test_the_modules_source_is_part_of_the_fingerprint(tmp_path: Path) -> None:
         ({"features": {"date": ["late"]}}, "is the target"),
         ({"transform": {"columns": {"fre": {"scale": "log"}}}}, "there is no column 'fre'"),
         ({"transform": {"columns": {"carrier": {"scale": "log"}}}}, "scale means nothing for the column 'carrier'"),
+        ({"transform": {"columns": {"fare": {"scale": "log", "bins": 4}}}}, "expected scale or bins for a column"),
         ({"derive": {"speed": "own_job_steps:speed(distance, airtime)"}}, "there is no column 'airtime'"),
         ({"derive": {"speed": "own_job_nowhere:speed(distance)"}}, "there is no module 'own_job_nowhere'"),
         ({"derive": {"speed": "own_job_steps:sped(distance)"}}, "has no function 'sped'"),
@@ -227,3 +228,15 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     found = sources.sample(write(tmp_path, DATA | {"transform": section}, frame()))
     assert any("impute have no effect" in text for text in found.decisions)
     assert any("columns.clock has no effect" in text for text in found.decisions)
+
+
+def test_a_column_of_which_every_cell_is_a_date_is_one(tmp_path: Path) -> None:
+    table = frame().drop(index=[5, 7])
+    data = DATA | {"features": {}, "derive": {}, "transform": {}}
+    assert sources.sample(write(tmp_path, data, table)).date == ["when"]
+    assert sources.sample(write(tmp_path, data | {"features": {"drop": ["when"]}}, table)).date == []
+    listed = sources.sample(write(tmp_path, data | {"features": {"categorical": ["when"]}}, table))
+    assert listed.date == [] and "when" in listed.categorical
+    table.loc[11, "when"] = "2013-02-30"
+    found = sources.sample(write(tmp_path, data, table))
+    assert found.date == [] and any("'when' is no feature" in text for text in found.decisions)

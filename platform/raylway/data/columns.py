@@ -208,6 +208,8 @@ def final(stored: pa.Array, wanted: str, infinite_is_missing: bool) -> tuple[pa.
     if pa.types.is_dictionary(stored.type):
         if wanted == "string":
             return stored.cast(pa.string()), None
+        if wanted == "bool":  # of JSON
+            return pc.equal(stored.cast(pa.string()), "true"), None
         column, invalid = as_numbers(stored, wanted == "int64")
     kind = {"int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}[wanted]
     column = pc.cast(column, kind, safe=False)

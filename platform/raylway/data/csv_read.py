@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import itertools
-import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -20,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from raylway.data import csv_text
+from raylway.data import csv_text, packed
 from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_text import Heading, Scan
-from raylway.data.files import Location
+from raylway.data.location import Location
+from raylway.data.packed import exactly
 from raylway.errors import UserError
 
 RANGE_BYTES = 16 << 20
@@ -44,7 +40,7 @@ class Span(Protocol):
     """Some bytes of a plain file."""
 
     @property
-    def path(self) -> str: ...
+    def location(self) -> Location: ...
     @property
     def start(self) -> int:
         """First byte."""
@@ -85,43 +81,11 @@ class Parsed:
     """Records that are not among the N; `row_id` is the line."""
 
 
-def open_bytes(location: Location) -> BinaryIO:
-    """The file's bytes, unpacked."""
-    if location.compression == "zip":
-        archive = zipfile.ZipFile(location.path)
-        return archive.open(location.member or archive.namelist()[0])  # type: ignore[return-value]
-    if location.compression == "gz":
-        return gzip.open(location.path)  # type: ignore[return-value]
-    return Path(location.path).open("rb")
-
-
-@contextmanager
-def damage_named(location: Location) -> Iterator[None]:
-    """Turn what a damaged archive raises into a `UserError` with the file's name."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        raise UserError(
-            "the compressed file is damaged",
-            where=location.name,
-            found=str(error) or type(error).__name__,
-            fix="copy it again from where it came",
-        ) from None
-
-
-def text_bytes(location: Location) -> int:
-    """Size of the file's text; of a gzip file the compressed size, which is all that it tells."""
-    if location.compression == "zip":
-        with zipfile.ZipFile(location.path) as archive:
-            return archive.getinfo(location.member or archive.namelist()[0]).file_size
-    return location.size
-
-
-def heading(location: Location) -> Heading | None:
+def heading(location: Location, dialect: csv_text.Dialect = csv_text.PLAIN) -> Heading | None:
     """The heading of a file; None if it holds nothing but blanks."""
-    with damage_named(location), open_bytes(location) as file:
-        data = _exactly(file, csv_text.HEADING_BYTES)
-        return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location.name)
+    with packed.text_of(location) as file:
+        data = exactly(file, csv_text.HEADING_BYTES)
+        return csv_text.read_heading(data, len(data) < csv_text.HEADING_BYTES, location.name, dialect)
 
 
 def read_stream(location: Location, head: Heading, step: int) -> Iterator[Parsed]:
@@ -130,11 +94,11 @@ def read_stream(location: Location, head: Heading, step: int) -> Iterator[Parsed
     Raises:
         UserError: The file is damaged, or a quoted cell never closes.
     """
-    with damage_named(location), open_bytes(location) as file:
-        _exactly(file, head.offset)
+    with packed.text_of(location) as file:
+        exactly(file, head.offset)
         line, carry = head.line, b""
         while True:
-            chunk = _exactly(file, step)
+            chunk = exactly(file, step)
             at_end = len(chunk) < step
             body = carry + chunk if carry else chunk
             cut = len(body) if at_end else csv_text.last_record_end(body)
@@ -160,9 +124,9 @@ def read_head(location: Location, head: Heading, limit: int) -> tuple[list[Parse
         UserError: The file is damaged, or short enough to tell that a quoted cell never closes.
     """
     parsed: list[Parsed] = []
-    with damage_named(location), open_bytes(location) as file:
-        _exactly(file, head.offset)
-        body = _exactly(file, limit)
+    with packed.text_of(location) as file:
+        exactly(file, head.offset)
+        body = exactly(file, limit)
         whole = len(body) < limit or not file.read(1)
         cut = len(body) if whole else csv_text.last_record_end(body) or body.rfind(b"\n") + 1
         regular = parse(body[:cut], head, head.line)
@@ -176,16 +140,23 @@ def read_head(location: Location, head: Heading, limit: int) -> tuple[list[Parse
                     raise
         if whole:
             return parsed, 1.0
-        if location.compression == "gz":
-            return parsed, min(1.0, Path(location.path).stat().st_size and file.fileobj.tell() / location.size)  # type: ignore[attr-defined]
-    return parsed, cut / max(1, text_bytes(location) - head.offset)
+        share = packed_share(file, location)
+    return parsed, share or cut / max(1, packed.text_bytes(location) - head.offset)
 
 
-def scan_range(path: str, start: int, end: int, head: Heading) -> Scan:
+def packed_share(file: packed.Unpacked, location: Location) -> float | None:
+    """Which share of a packed or encoded file was read; None if the text's own size tells."""
+    if location.is_plain or location.compression == "zip":
+        return None
+    return min(1.0, max(1, file.packed_position()) / max(1, location.size))
+
+
+def scan_range(location: Location, start: int, end: int, head: Heading) -> Scan:
     """`csv_text.scan` of the bytes from `start` to `end` of a plain file."""
-    with Path(path).open("rb") as file:
-        file.seek(start - 1)
-        text = file.read(end - start + 2)
+    with packed.opened(location) as file:
+        file.seek(max(0, start - 1))
+        text = file.read(end - max(0, start - 1) + 1)
+        text = text if start else b"\n" + text  # a file without a heading
     before = text[0] if start > head.offset else ord("\n")
     after = text[end - start + 1] if len(text) > end - start + 1 else ord("\n")
     return csv_text.scan(memoryview(text)[1 : end - start + 1], before, after, head.delimiter)
@@ -200,9 +171,10 @@ def read_range(part: Span, head: Heading, direct: Direct | None = None) -> Parse
         direct: As `parse` takes it.
     """
     start, end, in_quotes, line = part.start, part.end, part.in_quotes, part.line
-    with Path(part.path).open("rb") as file:
-        file.seek(start - 1)
-        text = file.read(end - start + 1)
+    with packed.opened(part.location) as file:
+        file.seek(max(0, start - 1))
+        text = file.read(end - max(0, start - 1))
+        text = text if start else b"\n" + text  # a file without a heading
         # the text begins one byte early: a line end there makes `start` the beginning of a record
         first = 1 if start == head.offset else csv_text.record_start(text, in_quotes ^ (text[:1] == b'"'))
         if first is None or first > end - start:
@@ -230,7 +202,7 @@ def parse(body: bytes, head: Heading, line: int, direct: Direct | None = None) -
             missing word, or a number in a spelling that loses nothing, they are numbers in the result (empty cells and
             missing words null), which is twice as fast as their text; else they are text like the others.
     """
-    found = csv_text.records(body, head.delimiter)
+    found = csv_text.records(body, head.delimiter) if head.quote == '"' else None
     if found is None:
         return None
     good = found.cells == len(head.columns)
@@ -362,7 +334,7 @@ def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Ite
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline="")
     # a cell that is still open at the end of the file swallows the sentinel: the csv module itself does not tell
-    reader = csv.reader(itertools.chain(lines, ["\n", _SENTINEL]), delimiter=head.delimiter)
+    reader = csv_text.records_of(itertools.chain(lines, ["\n", _SENTINEL]), head.delimiter, head.quote)
     rows: list[list[str]] = []
     starts: list[int] = []
     rejects: list[Reject] = []
@@ -442,12 +414,3 @@ def _is_utf8(cell: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _exactly(file: BinaryIO, size: int) -> bytes:
-    """So many bytes, fewer only at the end of the file."""
-    parts: list[bytes] = []
-    while size and (part := file.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,8 +26,23 @@ HEADING_BYTES = 1 << 20
 """The heading must end within so many bytes of the file's start."""
 
 
+class Dialect(msgspec.Struct, frozen=True):
+    """How the job says that CSV files are written (`data.read`)."""
+
+    delimiter: str | None = None
+    """None: found out from the heading."""
+    quote: str = '"'
+    """Encloses a cell that holds a delimiter or line end; empty: nothing does."""
+    decimal: str = "."
+    columns: list[str] = []
+    """Names of the columns of files without a heading."""
+
+
+PLAIN = Dialect()
+
+
 class Heading(msgspec.Struct, frozen=True):
-    """What the first line of a CSV file says."""
+    """What the first line of a file says."""
 
     delimiter: str
     columns: list[str]
@@ -33,17 +50,23 @@ class Heading(msgspec.Struct, frozen=True):
     """Bytes before the first record."""
     line: int
     """Line that the first record starts on."""
+    quote: str = '"'
+    """Empty if nothing encloses cells."""
+    decimal: str = "."
 
 
-def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
+def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) -> Heading | None:
     """The heading of a file that begins with `data`.
 
-    The delimiter is the one of comma, semicolon, tab and bar that stands most often in the heading outside quotes.
+    The delimiter, if it is not named, is the one of comma, semicolon, tab and bar that stands most often in the first
+    record outside quotes (not the comma where it is the decimal mark). Where the columns are named, the file has no
+    heading and its first record is data.
 
     Args:
         data: The file's first bytes, `HEADING_BYTES` or fewer.
         whole: Whether that is all of the file.
         name: For messages.
+        dialect: What the job says.
 
     Returns:
         None for a file without anything but blanks.
@@ -57,21 +80,41 @@ def read_heading(data: bytes, whole: bool, name: str) -> Heading | None:
     if not data[start:].strip():
         return None
     begin = len(data) - len(data[start:].lstrip(b"\r\n"))
-    end = _record_end(data, begin)
+    end = _record_end(data, begin, dialect.quote)
     if end is None:
-        if not whole or data.count(b'"', begin) % 2:
+        if not whole or (dialect.quote and data.count(dialect.quote.encode(), begin) % 2):
             raise UserError("the heading does not end", where=f"{name}:1", fix="close its quotes; it must be one line")
         end = len(data)
     after = end + (2 if data[end : end + 2] == b"\r\n" else 1 if end < len(data) else 0)
     try:
         text = data[begin:end].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
-    delimiter = _delimiter(text)
-    columns = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        if dialect.columns:  # a record like any other: it goes to quarantine
+            text = data[begin:end].decode("utf-8", "replace")
+        else:
+            raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
+    delimiter = dialect.delimiter or _delimiter(text, dialect)
+    columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
+    if dialect.columns:
+        if columns == dialect.columns:
+            raise UserError(
+                "the file has a heading, which would become a row",
+                where=name,
+                expected="a file without a heading, as data.read.columns names its columns",
+                found=text[:200],
+                fix="leave data.read.columns out",
+            )
+        return Heading(delimiter, dialect.columns, start, 1, dialect.quote, dialect.decimal)
     line = 1 + _line_ends(np.frombuffer(data[:after], np.uint8))
     _check_columns(columns, f"{name}:{line - 1 if after > end else line}")
-    return Heading(delimiter, columns, after, line)
+    return Heading(delimiter, columns, after, line, dialect.quote, dialect.decimal)
+
+
+def records_of(lines: Iterable[str], delimiter: str, quote: str) -> Any:
+    """The records of Python's csv module; an object of its with `line_num`."""
+    if quote:
+        return csv.reader(lines, delimiter=delimiter, quotechar=quote)
+    return csv.reader(lines, delimiter=delimiter, quotechar=None, quoting=csv.QUOTE_NONE)
 
 
 def check_columns(columns: list[str], where: str) -> None:
@@ -228,16 +271,18 @@ def _lone_returns(text: np.ndarray) -> np.ndarray:
     return returns[following != _LF]
 
 
-def _record_end(data: bytes, begin: int) -> int | None:
+def _record_end(data: bytes, begin: int, quote: str) -> int | None:
     text = np.frombuffer(data, np.uint8)[begin:]
-    inside = np.cumsum(text == _QUOTE) & 1
-    ends = np.flatnonzero(((text == _LF) | (text == _CR)) & (inside == 0))
+    at_end = (text == _LF) | (text == _CR)
+    if quote:
+        at_end &= (np.cumsum(text == ord(quote)) & 1) == 0
+    ends = np.flatnonzero(at_end)
     return begin + int(ends[0]) if len(ends) else None
 
 
-def _delimiter(heading: str) -> str:
-    bare = "".join(heading.split('"')[0::2])
-    return max(DELIMITERS, key=bare.count)
+def _delimiter(heading: str, dialect: Dialect) -> str:
+    bare = "".join(heading.split(dialect.quote)[0::2]) if dialect.quote else heading
+    return max((mark for mark in DELIMITERS if mark != dialect.decimal), key=bare.count)
 
 
 def _is_any(values: np.ndarray, wanted: tuple[int, ...]) -> np.ndarray:
@@ -252,5 +297,5 @@ def _not_utf8(name: str, found: str) -> UserError:
         where=name,
         expected="UTF-8, with or without a byte-order mark",
         found=found,
-        fix="save it as UTF-8, such as with: iconv -f ENCODING -t UTF-8 FILE > NEW",
+        fix="name its encoding, such as data.read.encoding: cp1252 (of Western European Windows) or utf-16",
     )

@@ -10,6 +10,7 @@ from raylway.features.prepared import LINE_BITS
 from raylway.job.schema import Clean
 
 _NUMERIC = {"int64", "float64"}
+_JSON = {"JSON text", "JSON number", "JSON boolean"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def decide(seen: dict[str, Seen], numeric: set[str], clean: Clean, places: Place
             types[name] = "float64" if name in numeric else "string"
             sentences.append(f"column {name!r} is empty in every row")
             continue
-        if "text" in column.sources or name in numeric or column.beyond:
+        if column.sources == ["JSON boolean"] and name not in numeric:
+            types[name] = "bool"
+        elif column.sources == ["JSON text"] and name not in numeric:
+            types[name] = "string"
+        elif _JSON.intersection(column.sources) or "text" in column.sources or name in numeric or column.beyond:
             types[name], sentence = _of_text(name, column, name in numeric, clean, places)
             sentences += sentence
         else:

@@ -1,66 +1,26 @@
-"""Where the source data lies: files, globs, folders, `pkg://package/path`; and what `python://module:function` returns.
+"""Where the source data lies: files, globs, folders, `pkg://`, `s3://`; and `python://`.
 
 Nothing here reads rows of files, and neither ray nor torch is imported.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import glob
-import importlib
-import importlib.util
 import os
-import sysconfig
-import traceback
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
-import pyarrow as pa
 
 from raylway import storage
+from raylway.data import function, local, packed, remote
+from raylway.data.location import ENDINGS, Format, Location, format_of, refuse_credentials
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS, SplitName
 from raylway.job.load import LoadedJob
 from raylway.job.schema import Files
 
-Format = Literal["csv", "parquet", "python"]
-_CSV_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".zip")
-_PARQUET_ENDINGS = (".parquet", ".pq")
-ENDINGS = ", ".join((*_CSV_ENDINGS, *_PARQUET_ENDINGS))
 _WHERE = "data.source"
-
-
-class Location(msgspec.Struct, frozen=True):
-    """One place that rows come from, as found before anything is read."""
-
-    name: str
-    """How messages and row accounts call it: the job file's words, so that it is the same on every machine."""
-    path: str
-    """Absolute; for `python://` the module's file."""
-    function: str | None = None
-    """For `python://`: `module:function`."""
-    member: str | None = None
-    """One file inside a zip archive."""
-    side: SplitName | None = None
-    """Where its rows go, if the job names files for each side."""
-
-    @property
-    def format(self) -> Format:
-        if self.function:
-            return "python"
-        return "parquet" if self.path.lower().endswith(_PARQUET_ENDINGS) else "csv"
-
-    @property
-    def compression(self) -> Literal["zip", "gz", ""]:
-        lower = self.path.lower()
-        return "zip" if lower.endswith(".zip") else "gz" if lower.endswith(".gz") else ""
-
-    @property
-    def size(self) -> int:
-        return Path(self.path).stat().st_size
 
 
 def locate(loaded: LoadedJob) -> list[Location]:
@@ -69,50 +29,54 @@ def locate(loaded: LoadedJob) -> list[Location]:
     Raises:
         UserError: Nothing is there, the formats are mixed, or an address is of a kind that is not read.
     """
-    source = loaded.job.data.source
-    where = loaded.location(_WHERE)
-    by_path: dict[tuple[str, str | None], Location] = {}
-    for side, text in _texts(source):
+    source, read = loaded.job.data.source, loaded.job.data.read
+    declared = None if read.format == "auto" else read.format
+    bases = [loaded.folder, Path.cwd()]
+    if not isinstance(source, Files):
+        texts = [source] if isinstance(source, str) else source
+        return find(texts, bases, loaded.location(_WHERE), declared)
+    locations: list[Location] = []
+    for side in SPLITS:
+        texts = getattr(source, side)
+        if texts is not None:
+            where = loaded.location(f"{_WHERE}.{side}")
+            found = find([texts] if isinstance(texts, str) else texts, bases, where, declared)
+            locations += [msgspec.structs.replace(location, side=side) for location in found]
+    _refuse_shared(locations, loaded.location(_WHERE))
+    _one_format(locations, loaded.location(_WHERE))
+    return sorted(locations, key=lambda location: location.name)
+
+
+def find(texts: Sequence[str], bases: list[Path], where: str, declared: Format | None = None) -> list[Location]:
+    """The files that some texts name, sorted by name; one that is named twice counts once.
+
+    Args:
+        texts: Paths and addresses.
+        bases: Folders that relative paths are looked for in.
+        where: What names them, for messages.
+        declared: Their format, if it is named.
+
+    Raises:
+        UserError: As `locate`.
+    """
+    by_path: dict[tuple[str, str | None, str | None], Location] = {}
+    for text in texts:
+        refuse_credentials(text, where)
         try:
-            found = [msgspec.structs.replace(each, side=side) for each in _locate_one(text, loaded, where)]
+            found = _find_one(text, bases, where, declared)
         except OSError as error:  # a name that is too long, a folder that may not be entered
             raise UserError(
                 "the source can't be looked for", where=where, found=f"{text[:200]}: {error.strerror}"
             ) from None
         for location in found:
-            known = by_path.setdefault((location.path, location.function), location)
-            if known.side != side:
-                raise UserError(
-                    "a file can't be on two sides of the split",
-                    where=where,
-                    found=f"{location.name}: {known.side}, {side}",
-                )
+            _check_readable(location, where)
+            for each in members(location):
+                by_path.setdefault((each.path, each.function, each.member), each)
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
         raise UserError("the source names nothing", where=where, expected="a file, glob, folder, pkg:// or python://")
-    formats = sorted({location.format for location in locations})
-    if len(formats) > 1 or (formats == ["python"] and len(locations) > 1):
-        examples = [next(location.name for location in locations if location.format == kind) for kind in formats]
-        raise UserError(
-            "the files of one source must have one format",
-            where=where,
-            expected="CSV files only, Parquet files only, or one python:// function",
-            found=", ".join(f"{kind} ({name})" for kind, name in zip(formats, examples, strict=True)),
-            fix="name the files of one format, such as FOLDER/*.csv",
-        )
-    for location in locations:
-        _check_readable(location, where)
+    _one_format(locations, where)
     return locations
-
-
-def _texts(source: str | list[str] | Files) -> list[tuple[SplitName | None, str]]:
-    if not isinstance(source, Files):
-        return [(None, text) for text in ([source] if isinstance(source, str) else source)]
-    result: list[tuple[SplitName | None, str]] = []
-    for side in SPLITS:
-        texts = getattr(source, side)
-        result += [(side, text) for text in ([texts] if isinstance(texts, str) else texts or [])]
-    return result
 
 
 def file_at(path: Path) -> Location:
@@ -122,23 +86,18 @@ def file_at(path: Path) -> Location:
         UserError: It is not there or of no known format.
     """
     if not path.is_file():
-        raise UserError("there is no such file", where=str(path), fix=_nearest(path.name, [path.parent]))
-    if not _is_data(path.name):
+        raise UserError("there is no such file", where=str(path), fix=local.nearest(path.name, [path.parent]))
+    if format_of(path.name) is None:
         raise UserError("the file is of no known format", where=str(path), expected=ENDINGS)
     location = Location(str(path), str(path.absolute()))
     _check_readable(location, str(path))
     return location
 
 
-def _check_readable(location: Location, where: str) -> None:
-    if not os.access(location.path, os.R_OK):
-        raise UserError(
-            "the file can't be read", where=where, expected="a file that this user may read", found=location.name
-        )
-
-
 def checksum(location: Location) -> str:
-    """Of the file's content; computed once while the file keeps its size and time."""
+    """Of the file's content; of a remote file its size and ETag (or the time of its last change)."""
+    if location.is_remote:
+        return f"{location.length}:{location.stamp}"
     status = Path(location.path).stat()
     return _checksum(location.path, status.st_size, status.st_mtime_ns)
 
@@ -148,212 +107,65 @@ def _checksum(path: str, size: int, mtime_ns: int) -> str:
     return storage.checksum(Path(path))
 
 
-def zip_members(location: Location) -> list[Location]:
-    """The data files inside a zip archive, sorted by name; hidden ones are left out.
-
-    Raises:
-        UserError: The archive is damaged, encrypted or holds no CSV file.
-    """
-    try:
-        with zipfile.ZipFile(location.path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            "the archive is damaged", where=location.name, expected="a zip archive", found=str(error)
-        ) from None
-    wanted = sorted(entry.filename for entry in entries if entry.filename.lower().endswith((".csv", ".tsv")))
-    locked = [entry.filename for entry in entries if entry.flag_bits & 1]
-    if locked:
-        raise UserError("the archive is encrypted", where=location.name, found=locked[0], fix="unpack it first")
-    if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
-        raise UserError(
-            "two files in the archive have the same name", where=location.name, found=twice[0], fix="pack it anew"
-        )
-    if not wanted:
-        raise UserError(
-            "the archive holds no data file",
-            where=location.name,
-            expected="one or more .csv or .tsv files",
-            found=", ".join(entry.filename for entry in entries[:5]) or "nothing",
-        )
-    several = len(wanted) > 1
-    return [
-        msgspec.structs.replace(location, name=f"{location.name}/{name}" if several else location.name, member=name)
-        for name in wanted
-    ]
-
-
-def call(location: Location, where: str) -> pa.Table:
-    """The table that the user's function returns.
-
-    Raises:
-        UserError: The module or function is not there, fails (the user's own line is named) or returns no table.
-    """
-    assert location.function is not None
-    module_name, _, function_name = location.function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            near = difflib.get_close_matches(function_name, vars(module), n=1)
-            raise UserError(
-                f"{location.path} has no function {function_name!r}",
-                where=where,
-                found=location.name,
-                fix=f"did you mean {near[0]!r}?" if near else "name a function without arguments",
-            )
-        result = function()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - what the user's code raises is shown with its own line
-        raise UserError(
-            f"{location.name} failed: {type(error).__name__}: {error}",
-            where=_user_line(error, location),
-            expected="a function that returns a pandas DataFrame, a pyarrow Table or a dict of columns",
-            fix=f"correct the function; the job names it at {where}",
-        ) from None
-    return _as_table(result, location, where)
-
-
-def _as_table(result: Any, location: Location, where: str) -> pa.Table:
-    if isinstance(result, pa.Table):
-        return result
-    try:
-        if isinstance(result, dict):
-            return pa.table(result)
-        if type(result).__module__.partition(".")[0] == "pandas" and hasattr(result, "columns"):
-            return pa.Table.from_pandas(result, preserve_index=False)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        raise UserError(
-            f"the table that {location.name} returned can't be used: {error}",
-            where=where,
-            expected="columns of one type and one length each",
-            fix="give each column one type, such as frame['x'] = frame['x'].astype(str)",
-        ) from None
-    raise UserError(
-        f"{location.name} returned no table",
-        where=where,
-        expected="a pandas DataFrame, a pyarrow Table or a dict of columns",
-        found=f"a value of type {type(result).__name__}",
-    )
-
-
-def _user_line(error: BaseException, location: Location) -> str:
-    """`file:line, in function` of the innermost frame that is neither ours nor an installed package's."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    foreign = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], "<frozen", __file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(foreign)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else location.name
-
-
-def _locate_one(text: str, loaded: LoadedJob, where: str) -> list[Location]:
+def _find_one(text: str, bases: list[Path], where: str, declared: Format | None) -> list[Location]:
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return _local(text, text, [loaded.folder, Path.cwd()], where)
+        return local.find(text, text, bases, where, declared)
     if scheme == "pkg":
-        package, _, path = rest.partition("/")
-        spec = importlib.util.find_spec(package) if package and "." not in package else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"the package {package!r} is not installed",
-                where=where,
-                found=text,
-                fix=f"install it with: pip install {package}",
-            )
-        return _local(path, text, [Path(spec.submodule_search_locations[0])], where)
+        return local.find_in_package(rest, text, where, declared)
     if scheme == "python":
-        return [_function(rest, text, where)]
+        return [function.find(rest, text, where)]
+    if scheme in remote.SCHEMES:
+        return remote.find(text, where, declared)
     raise UserError(
         f"{scheme}:// is not read",
         where=where,
-        expected="a file, glob or folder, pkg://package/path or python://module:function",
+        expected="a file, glob or folder, s3://bucket/path, pkg://package/path or python://module:function",
         found=text,
-        fix="copy the files to a folder that every node sees",
+        fix="copy the files to a folder or bucket that every node sees",
     )
 
 
-def _function(rest: str, text: str, where: str) -> Location:
-    module, _, function = rest.partition(":")
-    spec, found = None, text
-    try:
-        spec = importlib.util.find_spec(module) if module and function.isidentifier() else None
-    except Exception as error:  # noqa: BLE001 - looking inside a package runs its __init__, which may raise anything
-        found = f"{text} ({type(error).__name__}: {error})"
-    if spec is None or spec.origin is None:
+def members(location: Location) -> list[Location]:
+    """The data files of a zip archive; another file itself.
+
+    Raises:
+        UserError: The archive is damaged, encrypted or holds no data file.
+    """
+    if location.compression != "zip" or location.function:
+        return [location]
+    return packed.zip_members(location)
+
+
+def _check_readable(location: Location, where: str) -> None:
+    if not location.is_remote and not os.access(location.path, os.R_OK):
         raise UserError(
-            "there is no such Python module",
-            where=where,
-            expected="python://module:function, the module beside the job file, in the current folder or installed",
-            found=found,
+            "the file can't be read", where=where, expected="a file that this user may read", found=location.name
         )
-    return Location(text, str(Path(spec.origin).absolute()), function=rest)
 
 
-def _local(path: str, text: str, bases: list[Path], where: str) -> list[Location]:
-    for base in bases:
-        candidate = base / Path(path).expanduser()
-        if candidate.is_file():
-            if not candidate.name.lower().endswith((*_CSV_ENDINGS, *_PARQUET_ENDINGS)):
-                raise UserError("the file is of no known format", where=where, expected=ENDINGS, found=text)
-            return [Location(text, str(candidate.absolute()))]
-        if candidate.is_dir():
-            return _folder(candidate, text, where)
-        if glob.has_magic(path):
-            found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
-            if files := [file for file in found if file.is_file() and _is_data(file.name)]:
-                # the glob's own words up to its first wildcard, then what was found
-                fixed = Path(*_until_magic(Path(path).expanduser()))
-                shown = text[: len(text) - len(path)]
-                return [_found(file, base / fixed, f"{shown}{fixed.as_posix()}") for file in files]
-    raise UserError(
-        "the source is not there",
-        where=where,
-        expected=f"a file, glob or folder, looked for in {' and '.join(dict.fromkeys(str(base) for base in bases))}",
-        found=text,
-        fix=_nearest(path, bases),
-    )
+def _one_format(locations: list[Location], where: str) -> None:
+    formats = sorted({location.format for location in locations})
+    if len(formats) > 1 or (formats == ["python"] and len(locations) > 1):
+        examples = [next(location.name for location in locations if location.format == kind) for kind in formats]
+        raise UserError(
+            "the files of one source must have one format",
+            where=where,
+            expected="CSV files only, Parquet files only, ..., or one python:// function",
+            found=", ".join(f"{kind} ({name})" for kind, name in zip(formats, examples, strict=True)),
+            fix="name the files of one format, such as FOLDER/*.csv",
+        )
 
 
-def _folder(folder: Path, text: str, where: str) -> list[Location]:
-    files = [
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and _is_data(file.name) and not _is_hidden(file.relative_to(folder).as_posix())
-    ]
-    if not files:
-        raise UserError("the folder holds no data file", where=where, expected=f"files ending in {ENDINGS}", found=text)
-    return [_found(file, folder, text.rstrip("/")) for file in files]
-
-
-def _found(file: Path, base: Path, shown: str) -> Location:
-    inner = file.relative_to(base).as_posix()
-    return Location(inner if shown in ("", ".") else f"{shown}/{inner}", str(file.absolute()))
-
-
-def _until_magic(path: Path) -> list[str]:
-    parts: list[str] = []
-    for part in path.parts:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return parts
-
-
-def _is_data(name: str) -> bool:
-    return name.lower().endswith((*_CSV_ENDINGS, *_PARQUET_ENDINGS))
-
-
-def _is_hidden(path: str) -> bool:
-    """Files that tools leave beside data (`.DS_Store`, `_SUCCESS`, `__MACOSX/`) begin with a dot or an underscore."""
-    return any(part.startswith((".", "_")) for part in path.split("/"))
-
-
-def _nearest(path: str, bases: list[Path]) -> str:
-    for base in bases:
-        folder = (base / path).parent
-        if folder.is_dir():
-            near = difflib.get_close_matches(Path(path).name, [file.name for file in folder.iterdir()], n=1)
-            if near:
-                return f"did you mean {Path(path).parent / near[0]}?"
-    return "name a file that exists, as seen from the job file's folder or the current folder"
+def _refuse_shared(locations: list[Location], where: str) -> None:
+    sides: dict[tuple[str, str | None, str | None], SplitName | None] = {}
+    for location in locations:
+        key = (location.path, location.function, location.member)
+        other = sides.setdefault(key, location.side)
+        if other != location.side:
+            raise UserError(
+                "a file can't be on two sides of the split",
+                where=where,
+                found=f"{location.name}: {other}, {location.side}",
+                fix="give each file to one side",
+            )

@@ -16,7 +16,7 @@ import xxhash
 from raylway import storage
 from raylway.bundle import code
 from raylway.data import files
-from raylway.data.files import Location
+from raylway.data.location import Location
 from raylway.features import derive, transform
 from raylway.features.prepared import FORMAT, MANIFEST, Lineage
 from raylway.job.load import LoadedJob, located

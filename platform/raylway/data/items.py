@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import arrow_read, columns, csv_read
+from raylway.data import arrow_read, columns, csv_read, lines_read, packed
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Parsed, Reject
 from raylway.data.csv_text import Heading, Scan
-from raylway.data.files import Location
+from raylway.data.location import Location
 from raylway.features.prepared import LINE_BITS
 
 ROW_ID = ""
@@ -25,16 +25,21 @@ ROW_ID = ""
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):
-    """A whole CSV file."""
+    """A whole CSV, JSON Lines or text file."""
 
     file: int
     location: Location
     heading: Heading
     size: int
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranges of it can be read, if its quotes are regular."""
+        return self.location.is_plain and (self.location.format != "csv" or self.heading.quote == '"')
+
 
 class Range(msgspec.Struct, frozen=True, tag=True):
-    """A byte range of a plain CSV file whose quotes are regular."""
+    """A byte range of a plain file, of a CSV file whose quotes are regular."""
 
     file: int
     location: Location
@@ -45,16 +50,12 @@ class Range(msgspec.Struct, frozen=True, tag=True):
     line: int
 
     @property
-    def path(self) -> str:
-        return self.location.path
-
-    @property
     def size(self) -> int:
         return self.end - self.start
 
 
 class Group(msgspec.Struct, frozen=True, tag=True):
-    """A row group of a Parquet file."""
+    """A row group of a Parquet file, or a record batch of an Arrow file."""
 
     file: int
     location: Location
@@ -140,14 +141,18 @@ def grouped(parts: list[Part], piece_bytes: int) -> list[Item]:
 
 
 def ranges(stream: Stream, piece_bytes: int) -> list[tuple[int, int]]:
-    """Where a plain CSV file is cut: from byte, to byte."""
+    """Where a plain file is cut: from byte, to byte."""
     first = stream.heading.offset
     return [(start, min(start + piece_bytes, stream.size)) for start in range(first, stream.size, piece_bytes)]
 
 
 def scan(part: Range) -> Scan:
     """Look at a byte range without knowing what precedes it."""
-    return csv_read.scan_range(part.location.path, part.start, part.end, part.heading)
+    if part.location.format == "csv":
+        return csv_read.scan_range(part.location, part.start, part.end, part.heading)
+    with packed.opened(part.location) as file:
+        file.seek(part.start)
+        return Scan(packed.exactly(file, part.size).count(b"\n"), 0, (True, True))
 
 
 def placed(scanned: list[tuple[Range, Scan]]) -> list[Part]:
@@ -171,20 +176,20 @@ def read(item: Item, reading: Reading) -> Iterator[Piece]:
         UserError: A file is damaged or a column is of a type that is not read.
     """
     number, size = 0, 0
-    tables: list[pa.Table] = []
+    read_now: list[pa.Table] = []
     rejects: list[Reject] = []
     if len(item.parts) > 1:  # a column might be numbers in one part and text in the next
         reading = msgspec.structs.replace(reading, direct={})
     for part in item.parts:
-        for table, refused in _tables(part, reading):
-            tables.append(table)
+        for table, refused in tables(part, reading):
+            read_now.append(table)
             rejects += refused
             size += table.nbytes
             if size >= reading.piece_bytes:
-                yield _piece(item, number, tables, rejects, reading)
-                number, size, tables, rejects = number + 1, 0, [], []
-    if tables or not number:
-        yield _piece(item, number, tables, rejects, reading)
+                yield _piece(item, number, read_now, rejects, reading)
+                number, size, read_now, rejects = number + 1, 0, [], []
+    if read_now or not number:
+        yield _piece(item, number, read_now, rejects, reading)
 
 
 def read_head(part: Part, reading: Reading) -> tuple[Piece, float]:
@@ -192,62 +197,114 @@ def read_head(part: Part, reading: Reading) -> tuple[Piece, float]:
     base = part.file << LINE_BITS
     item = Item(0, [part])
     match part:
-        case Stream(location=location, heading=heading):
+        case Stream(location=location, heading=heading) if location.format == "csv":
             parsed, share = csv_read.read_head(location, heading, reading.piece_bytes)
-            both = [_from_csv(each, base, reading) for each in parsed]
-        case Group(location=location) if part.size > reading.piece_bytes:
+            both = [_parsed(each, part, base, reading) for each in parsed]
+        case Stream(location=location, heading=heading):
+            body, line = next(lines_read.bodies(location, heading, reading.piece_bytes), (b"", 1))
+            both, share = [_parsed(_of_lines(part, body, line, reading), part, base, reading)], 1.0
+            if len(body) >= reading.piece_bytes // 2 and len(body) < part.size:
+                share = len(body) / part.size
+        case Group(location=location) if part.rows and part.size > reading.piece_bytes:
             rows = max(1, part.rows * reading.piece_bytes // part.size)
-            both = [
-                (numbered(arrow_read.read_some(location, part.group, reading.columns, rows), base + part.first_row), [])
-            ]
-            share = rows / part.rows
+            table = arrow_read.read_some(location, part.group, reading.columns, rows)
+            both, share = [(_numbered(table, part, base + part.first_row), [])], rows / part.rows
         case _:
-            both, share = list(_tables(part, reading)), 1.0
+            both, share = list(tables(part, reading)), 1.0
     rejects = [reject for _, refused in both for reject in refused]
     return _piece(item, 0, [table for table, _ in both], rejects, reading), share
 
 
-def _piece(item: Item, number: int, tables: list[pa.Table], rejects: list[Reject], reading: Reading) -> Piece:
-    table = pa.concat_tables(tables)
+def _piece(item: Item, number: int, found: list[pa.Table], rejects: list[Reject], reading: Reading) -> Piece:
+    table = pa.concat_tables(found, promote_options="default")
     row_ids = table[ROW_ID].combine_chunks().to_numpy()
     stored, seen = {}, {}
-    is_text = isinstance(item.parts[0], Stream | Range)
+    first = item.parts[0]
     for name in reading.columns:
-        column = table[name]
-        if is_text:
-            cells = column.combine_chunks()
-            if pa.types.is_string(cells.type):
-                stored[name], seen[name] = columns.examine(cells, row_ids, name in reading.as_text)
-            else:
-                stored[name], seen[name] = cells, columns.seen_of_numbers(cells, name in reading.worded)
+        cells = table[name].combine_chunks()
+        as_text, numeric = name in reading.as_text, name in reading.numeric
+        if any(name in part.location.partitions for part in item.parts):
+            stored[name], seen[name] = columns.examine(cells.cast(pa.string()), row_ids, as_text)
+        elif first.location.format == "jsonl":
+            stored[name], seen[name] = lines_read.split_cells(cells.cast(pa.string()), row_ids, as_text, numeric)
+        elif first.location.format != "csv":
+            where = first.location.name
+            stored[name], seen[name] = arrow_read.stored(table[name], name, row_ids, numeric, where)
+        elif pa.types.is_string(cells.type):
+            stored[name], seen[name] = columns.examine(cells, row_ids, as_text)
         else:
-            where = item.parts[0].location.name
-            stored[name], seen[name] = arrow_read.stored(column, name, row_ids, name in reading.numeric, where)
+            stored[name], seen[name] = cells, columns.seen_of_numbers(cells, name in reading.worded)
     stored[ROW_ID] = table[ROW_ID].combine_chunks()
     return Piece(
         pa.table(stored), Facts(item.index, number, table.num_rows, seen, rejects, table.num_rows + len(rejects))
     )
 
 
-def _tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Reject]]]:
+def tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Reject]]]:
+    """The rows of a part as its file has them: the reading's columns and `ROW_ID`, and the rows that can't be read.
+
+    CSV cells are text (or numbers, of a range with `direct`), JSON cells marked text (`lines_read.split_cells`), others
+    typed; columns that the file lacks are null.
+
+    Raises:
+        UserError: The file is damaged, or was changed while it was read.
+    """
     base = part.file << LINE_BITS
     match part:
-        case Stream(location=location, heading=heading):
+        case Stream(location=location, heading=heading) if location.format == "csv":
             for parsed in csv_read.read_stream(location, heading, reading.piece_bytes):
-                yield _from_csv(parsed, base, reading)
-        case Range(heading=heading):
-            parsed = csv_read.read_range(part, heading, reading.direct)
-            yield _from_csv(parsed, base, reading)
+                yield _parsed(parsed, part, base, reading)
+        case Range(location=location, heading=heading) if location.format == "csv":
+            yield _parsed(csv_read.read_range(part, heading, reading.direct), part, base, reading)
+        case Stream(location=location, heading=heading):
+            for body, line in lines_read.bodies(location, heading, reading.piece_bytes):
+                yield _parsed(_of_lines(part, body, line, reading), part, base, reading)
+        case Range():
+            body, line = lines_read.body_of(part, part.heading)
+            yield _parsed(_of_lines(part, body, line, reading), part, base, reading)
         case Group(location=location):
-            yield numbered(arrow_read.read_group(location, part.group, reading.columns), base + part.first_row), []
+            row = base + part.first_row
+            for table in arrow_read.read_group(location, part.group, reading.columns):
+                yield _numbered(table, part, row), []
+                row += table.num_rows
         case Slice():
-            yield numbered(pa.ipc.open_stream(part.table).read_all(), base + part.first_row), []
+            table = arrow_read.as_text(arrow_read.flat(pa.ipc.open_stream(part.table).read_all()))
+            yield numbered(table, base + part.first_row), []
 
 
-def _from_csv(parsed: Parsed, base: int, reading: Reading) -> tuple[pa.Table, list[Reject]]:
-    table = pa.table({name: parsed.columns[name] for name in reading.columns})
+def _of_lines(part: Stream | Range, body: bytes, line: int, reading: Reading) -> Parsed:
+    if part.location.format == "text":
+        return lines_read.parse_text(body, line)
+    return lines_read.parse_json(body, line, [name for name in reading.columns if name in part.heading.columns])
+
+
+def _parsed(parsed: Parsed, part: Part, base: int, reading: Reading) -> tuple[pa.Table, list[Reject]]:
+    location = part.location
+    rows = len(parsed.lines)
+    found = {name: cells for name, cells in parsed.columns.items() if name in reading.columns}
+    table = _with_partitions(pa.table({**found, ROW_ID: pa.array(base + parsed.lines, pa.uint64())}), location)
+    lacking = {name: pa.nulls(rows, pa.string()) for name in reading.columns if name not in table.column_names}
+    for name, nulls in lacking.items():
+        table = table.append_column(name, nulls)
     rejects = [msgspec.structs.replace(reject, row_id=base + reject.row_id) for reject in parsed.rejects]
-    return table.append_column(ROW_ID, pa.array(base + parsed.lines, pa.uint64())), rejects
+    if location.encoding != "utf-8":
+        told = {"the cell is not UTF-8": f"the cell is not {location.encoding}"}
+        rejects = [msgspec.structs.replace(reject, reason=told.get(reject.reason, reject.reason)) for reject in rejects]
+    return table.select([*reading.columns, ROW_ID]), rejects
+
+
+def _with_partitions(table: pa.Table, location: Location) -> pa.Table:
+    for name, value in location.partitions.items():
+        cells = pa.repeat(pa.scalar(value, pa.string()), table.num_rows)
+        if name in table.column_names:
+            table = table.drop_columns(name)
+        table = table.append_column(name, cells)
+    return table
+
+
+def _numbered(table: pa.Table, part: Part, first: int) -> pa.Table:
+    names = table.column_names
+    return numbered(_with_partitions(table, part.location).select(names), first)
 
 
 def numbered(table: pa.Table, first: int) -> pa.Table:
@@ -256,4 +313,5 @@ def numbered(table: pa.Table, first: int) -> pa.Table:
 
 
 def _schema(part: Part) -> str:
-    return part.schema if isinstance(part, Group) else ""
+    partitions = ", ".join(part.location.partitions)
+    return f"{part.schema if isinstance(part, Group) else ''}; {partitions}"

@@ -22,13 +22,14 @@ from raylway.data.items import ROW_ID, Piece
 from raylway.data.opening import Source, no_rows
 from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
+from raylway.data.treated import fit_plan, ineffective
 from raylway.data.warnings import Subject
 from raylway.errors import UserError
-from raylway.features.plan import FitPlan, treatments
+from raylway.features.plan import FitPlan
 from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
-from raylway.job.load import LoadedJob, located
+from raylway.job.load import LoadedJob
 
 _SHOWN = 4
 """Rejected rows of a piece that a message may name."""
@@ -188,9 +189,11 @@ def conclude(
     }
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
-    roles = choose_features(names, types, different, account.kept, empty, loaded.location("data.features"))
-    plan = _plan(loaded, names, roles, task, classes)
-    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    described = describe.merged(each.assessed.described for each in found)
+    where = loaded.location("data.features")
+    roles = choose_features(names, types, different, account.kept, empty, _dates(described), where)
+    plan = fit_plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
     return Outcome(
         task,
@@ -205,7 +208,7 @@ def conclude(
         types,
         different,
         sentences + sides.sentences(order, told, past or []),
-        describe.merged(each.assessed.described for each in found),
+        described,
     )
 
 
@@ -243,11 +246,16 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
     different = _distinct(types, [each.assessed for each in found])
     empty = empty_columns(seen)
-    roles = choose_features(names, types, different, rows, empty, loaded.location("data.features"))
     described = describe.merged(each.assessed.described for each in found)
-    _plan(loaded, names, roles, task, classes)
-    sentences = [why] * bool(why) + roles.sentences + _ineffective(loaded, roles)
+    where = loaded.location("data.features")
+    roles = choose_features(names, types, different, rows, empty, _dates(described), where)
+    fit_plan(loaded, names, roles, task, classes)
+    sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     return Preview(task, classes, roles, different, rows, sentences, described)
+
+
+def _dates(described: Described) -> list[str]:
+    return [name for name, column in described.columns.items() if column.is_date]
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
@@ -269,46 +277,6 @@ def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
             )
         types[name] = kinds[0] if kinds else "float64"
     return types
-
-
-def _plan(loaded: LoadedJob, names: Names, roles: Roles, task: Task, classes: list[str]) -> FitPlan:
-    used = [*roles.numeric, *roles.categorical, names.target]
-    needed = frozenset().union(*map(names.derives, used))
-    read = frozenset().union(*map(names.reads, roles.derive))
-    section = loaded.job.data.transform
-    with located(loaded):
-        columns = treatments(section, roles.numeric, roles.categorical, roles.date)
-    return FitPlan(
-        derive={name: text for name, text in names.derive.items() if name in needed},
-        served=list(roles.derive),
-        numeric=roles.numeric,
-        categorical=roles.categorical,
-        date=roles.date,
-        behind=[name for name in names.columns if name in read and name not in columns],
-        columns=columns,
-        target=names.target,
-        task=task,
-        classes=classes,
-        drops_missing=loaded.job.data.clean.missing == "drop",
-    )
-
-
-def _ineffective(loaded: LoadedJob, roles: Roles) -> list[str]:
-    """What the job says of the transform to no effect."""
-    section = loaded.job.data.transform
-    features = {*roles.numeric, *roles.categorical, *roles.date}
-    sentences = [
-        f"data.transform.columns.{name} has no effect: the column is no feature"
-        for name in section.columns
-        if name not in features
-    ]
-    said = {key for part in (section, *section.columns.values()) for key in part.model_fields_set}
-    if useless := sorted(said & {"impute", "indicator"}) if loaded.job.data.clean.missing == "drop" else []:
-        sentences.append(
-            f"data.transform: {' and '.join(useless)} have no effect, for rows with missing cells are left out "
-            "(data.clean.missing: impute keeps them)"
-        )
-    return sentences
 
 
 def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subject:

@@ -65,7 +65,7 @@ def keyed(item: Item, reading: Reading) -> Keyed:
         where = part.location
         content = msgspec.structs.replace(where, name="", path=files.checksum(where))
         same = msgspec.structs.replace(part, location=content)
-        digest.update(msgspec.msgpack.encode([where.format, where.compression, same]))
+        digest.update(msgspec.msgpack.encode([where.format, where.compression, where.partitions, same]))
     return Keyed(item, digest.hexdigest()[:24])
 
 

@@ -134,7 +134,7 @@ def cut(source: Source) -> list[Part]:
             for start, end in items.ranges(part, step)
         ]
         for index, part in enumerate(source.parts)
-        if isinstance(part, Stream) and not part.location.compression and part.size - part.heading.offset > step
+        if isinstance(part, Stream) and part.is_cut and part.size - part.heading.offset > step
     }
     if not uncut:
         return source.parts

@@ -109,7 +109,13 @@ class Roles:
 
 
 def choose_features(
-    names: Names, types: dict[str, str], texts: dict[str, int], rows: int, empty: Iterable[str], where: str
+    names: Names,
+    types: dict[str, str],
+    texts: dict[str, int],
+    rows: int,
+    empty: Iterable[str],
+    dates: Iterable[str],
+    where: str,
 ) -> Roles:
     """Which columns feed the model, and as what.
 
@@ -119,6 +125,7 @@ def choose_features(
         texts: Number of different values of each column of text.
         rows: Kept rows.
         empty: Columns without a present cell.
+        dates: Columns of text of which every present cell is a date.
         where: For messages.
 
     Raises:
@@ -142,6 +149,12 @@ def choose_features(
             date.append(name)
         elif name in names.numeric or (name not in names.categorical and types[name] in ("int64", "float64")):
             numeric.append(name)
+        elif name in dates and name in names.columns and name not in names.categorical:
+            date.append(name)
+            sentences.append(
+                f"column {name!r} holds dates: its instant and its parts are features; list it under "
+                "features.categorical or features.drop to have it otherwise"
+            )
         elif name in names.categorical or texts.get(name, 0) <= max(_MANY_TEXTS, rows / 2):
             categorical.append(name)
         else:

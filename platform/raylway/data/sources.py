@@ -59,7 +59,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     Raises:
         UserError: Whatever of it preparation would raise and the sample can show.
     """
-    source = open_source(loaded)
+    source = open_source(loaded, head=True)
     names = check_names(loaded, source.columns)
     pieces, share = _heads(source, names.numeric, max_bytes)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylway import storage
-from raylway.data import arrow_read, csv_read
+from raylway.data import csv_read, items, lines_read
 from raylway.data import prepare as data_prepare
-from raylway.data.files import Location, call, locate, zip_members
+from raylway.data.files import locate
+from raylway.data.location import TEXT_FORMATS, Location
+from raylway.data.opening import open_source
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
 from raylway.job.load import LoadedJob
@@ -66,10 +68,10 @@ def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | N
     row_id = _row_id(row, files)
     file, line = files[row_id >> LINE_BITS], row_id & ((1 << LINE_BITS) - 1)
     location = _location(loaded, file, row_id >> LINE_BITS)
-    found = Traced(row_id, file, line, location.format == "csv", "")
+    found = Traced(row_id, file, line, location.format in TEXT_FORMATS, "")
     if data_prepare.fingerprint(loaded) != prepared.manifest.fingerprint:
         found.changed = "the source or the job has changed since it was prepared: what is shown may be another record"
-    found.record = _record(location, line)
+    found.record = _record(loaded, location, line)
     found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
     _add_fate(found, prepared)
     if found.side == "test" and predictions is not None and predictions.exists():
@@ -193,9 +195,7 @@ def _row_id(row: str, files: list[str]) -> int:
 
 
 def _location(loaded: LoadedJob, file: str, index: int) -> Location:
-    every: list[Location] = []
-    for location in locate(loaded):
-        every += zip_members(location) if location.compression == "zip" else [location]
+    every = locate(loaded)
     named = [location for location in every if location.name == file]
     if not named:
         raise UserError(
@@ -207,28 +207,19 @@ def _location(loaded: LoadedJob, file: str, index: int) -> Location:
     return named[0]
 
 
-def _record(location: Location, line: int) -> dict[str, Any]:
+def _record(loaded: LoadedJob, location: Location, line: int) -> dict[str, Any]:
     """The cells of one record, empty if none begins there."""
-    if location.function:
-        table = call(location, location.name)
-        return table.slice(line - 1, 1).to_pylist()[0] if 0 < line <= table.num_rows else {}
-    if location.format == "parquet":
-        names, _, groups = arrow_read.footer(location)
-        before = 0
-        for group, (rows, _) in enumerate(groups):
-            if before < line <= before + rows:
-                return arrow_read.read_group(location, group, names).slice(line - before - 1, 1).to_pylist()[0]
-            before += rows
-        return {}
-    heading = csv_read.heading(location)
-    if heading is None:
-        return {}
-    for parsed in csv_read.read_stream(location, heading, csv_read.RANGE_BYTES):
-        at = np.flatnonzero(parsed.lines == line)
-        if len(at):
-            return {name: parsed.columns[name][int(at[0])].as_py() for name in heading.columns}
-        if len(parsed.lines) and parsed.lines[0] > line:
-            break
+    source = open_source(loaded, [location])
+    reading = items.Reading(source.columns, [], csv_read.RANGE_BYTES)
+    for part in source.parts:
+        for table, _ in items.tables(part, reading):
+            ids = table[items.ROW_ID].to_numpy()
+            at = np.flatnonzero(ids == line)
+            if len(at):
+                row = table.drop_columns(items.ROW_ID).slice(int(at[0]), 1)
+                return (lines_read.unmarked(row) if source.format == "jsonl" else row).to_pylist()[0]
+            if len(ids) and ids[0] > line:
+                return {}
     return {}
 
 

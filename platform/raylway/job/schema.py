@@ -82,6 +82,12 @@ class ColumnTransform(Section):
     def _whole_number_is_fine(cls, value: Any) -> Any:
         return _as_float(value)
 
+    @model_validator(mode="after")
+    def _scale_or_bins(self) -> ColumnTransform:
+        if self.scale is not None and self.bins is not None:
+            raise ValueError("expected scale or bins for a column, not both: bins are a scale of their own")
+        return self
+
 
 class Transform(Section):
     """How columns become the model's numbers, fitted on the training rows only."""
@@ -93,9 +99,10 @@ class Transform(Section):
     """What stands in for a missing number with `clean.missing: impute`; a number is that number. A missing category
     always becomes the most frequent one."""
     indicator: bool = False
-    """One more input for each feature that misses cells in training: 1 where the cell was missing."""
+    """With `clean.missing: impute`, one more input for each feature that misses cells in training: 1 where it did."""
     bins: Annotated[int, Field(ge=2, le=1024)] | None = None
-    """Piecewise-linear encoding of every numeric feature over so many quantile bins (arXiv 2203.05556)."""
+    """Piecewise-linear encoding of every numeric feature over so many quantile bins (arXiv 2203.05556); a column with a
+    `scale` or `bins: null` of its own is scaled instead."""
     categories: Literal["embedding", "one_hot"] = "embedding"
     rare: Count = 1
     """Categories with fewer training rows than this share one code."""
@@ -175,7 +182,7 @@ class Split(Section):
 
 class Data(Section):
     source: Text | list[Text] | Files
-    """A file, glob or folder; `s3://`, `gs://` or `https://` address; `pkg://package/path`; `python://module:function`
+    """A file, glob or folder; `s3://bucket/path`; `pkg://package/path`; `python://module:function`
     (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
     is then theirs. A relative path is looked for beside the job file, then in the current folder."""
     read: Read = Read()

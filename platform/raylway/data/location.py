@@ -1,0 +1,143 @@
+"""One place that rows come from: its name, where it lies, and what its name says of the format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote
+
+import msgspec
+
+from raylway.errors import UserError
+from raylway.features.prepared import SplitName
+
+Format = Literal["csv", "jsonl", "text", "parquet", "arrow", "python"]
+TEXT_FORMATS = ("csv", "jsonl", "text")
+_ENDINGS: dict[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_PACKED = {".gz": "gz", ".bz2": "bz2", ".zst": "zst", ".zip": "zip"}
+ENDINGS = f"{', '.join(_ENDINGS)}; text files also with {', '.join(_PACKED)}"
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+class Location(msgspec.Struct, frozen=True):
+    """One file, archive member or function, as found before anything of it is read."""
+
+    name: str
+    """How messages and row accounts call it: the job file's words, so that it is the same on every machine."""
+    path: str
+    """Absolute, or an address (`s3://`); for `python://` the module's file."""
+    function: str | None = None
+    """For `python://`: `module:function`."""
+    member: str | None = None
+    """One file inside a zip archive."""
+    declared: Format | None = None
+    """The format that the job names; else the name's ending says it."""
+    side: SplitName | None = None
+    """The side of the split that the job gives the file to."""
+    encoding: str = "utf-8"
+    """Of a text file, as a codec's name; `opening` finds it out."""
+    length: int | None = None
+    """Bytes, of a remote file."""
+    stamp: str = ""
+    """Of a remote file: the ETag or time that tells whether it was changed."""
+
+    @property
+    def format(self) -> Format:
+        if self.function:
+            return "python"
+        if self.declared:
+            return self.declared
+        return format_of(self.member or self.path) or "csv"
+
+    @property
+    def compression(self) -> Literal["zip", "gz", "bz2", "zst", ""]:
+        return _PACKED.get(Path(self.path.lower()).suffix, "")  # type: ignore[return-value]
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes of the file are UTF-8 text themselves, so that any range of it can be read."""
+        return not self.compression and self.encoding == "utf-8"
+
+    @property
+    def size(self) -> int:
+        """Bytes, packed ones of a packed file."""
+        return Path(self.path).stat().st_size if self.length is None else self.length
+
+    @property
+    def partitions(self) -> dict[str, str | None]:
+        """The columns that folders named `column=value` give, decoded as URLs are; None is a missing cell."""
+        found: dict[str, str | None] = {}
+        for folder in self.name.split("/")[:-1]:
+            column, equals, value = folder.partition("=")
+            if equals and column and "://" not in folder and not self.function:
+                found[unquote(column)] = None if value in ("", _NO_PARTITION) else unquote(value)
+        return found
+
+
+def format_of(name: str) -> Format | None:
+    """The format that a name's ending says, packed or not; None for another name, `csv` for a bare `.zip`."""
+    path = Path(name.lower())
+    if path.suffix in _PACKED:
+        inner = _ENDINGS.get(Path(path.stem).suffix)
+        if inner is None and path.suffix == ".zip":
+            return "csv"
+        return inner if inner in TEXT_FORMATS else None
+    return _ENDINGS.get(path.suffix)
+
+
+def chosen(names: list[str], declared: Format | None) -> list[str]:
+    """The data files among those of a folder, glob or archive.
+
+    By their endings; where the job names the format, those with an ending of it, or all if there is none. Text files
+    (`.txt`) beside other data are notes about it.
+    """
+    formats = {name: format_of(name) for name in names}
+    if declared:
+        return [name for name in names if formats[name] == declared] or names
+    data = [name for name in names if formats[name]]
+    return [name for name in data if formats[name] != "text"] or data
+
+
+def is_hidden(path: str) -> bool:
+    """Files that tools leave beside data (`.DS_Store`, `_SUCCESS`, `__MACOSX/`) begin with a dot or an underscore."""
+    return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
+
+
+def refuse_credentials(address: str, where: str) -> None:
+    """An address goes into the run record, so it must not let anyone in.
+
+    Raises:
+        UserError: It holds a password or a signature; the message does not show it.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme not in ("s3", "gs", "http", "https"):
+        return
+    host, _, query = rest.partition("?")
+    user = "@" in host.partition("/")[0]
+    signed = scheme.startswith("http") and re.search(
+        r"(?i)(^|[&;])(x-(amz|goog)-[a-z-]*|signature|sig|awsaccesskeyid|googleaccessid|[a-z_-]*(token|key|secret|password))=",
+        query,
+    )
+    if user or signed:
+        raise UserError(
+            "the address holds credentials",
+            where=where,
+            expected="an address that is no secret: it is written into the run's record",
+            found=f"{scheme}:// address with {'a user before @' if user else 'a signature or key after ?'}",
+            fix="take them out; s3:// and gs:// take credentials from the environment, such as AWS_ACCESS_KEY_ID",
+        )
