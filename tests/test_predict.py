@@ -7,14 +7,17 @@ import gzip
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from commands import environment, raylway
@@ -155,6 +158,7 @@ MISTAKES = {
     "ending": ("length,colour\n1,red\n", "a.xlsx", None, "can't be written in this format"),
     "format": ("length,colour\n1,red\n", "a", "xlsx", "can't be written in this format"),
     "place": ("length,colour\n1,red\n", "ftp://host/a.csv", None, "can't be written there"),
+    "no bucket": ("length,colour\n1,red\n", "s3:///a.csv", None, "the bucket can't be reached"),
     "under a file": ("length,colour\n1,red\n", "new.csv/a.csv", None, "the answers can't be written"),
 }
 
@@ -188,6 +192,67 @@ def test_ray_gives_the_same_bytes(run: Run, tmp_path: Path, ray_session: None, m
     with pytest.raises(UserError, match="cut.csv.gz"):
         predict(run, tmp_path / "cut.csv.gz", tmp_path / "cut.csv")
     assert not (tmp_path / "cut.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pafs.FileSystem]:
+    """A real S3 server with a bucket `made`, named by the environment as a user would."""
+    folder = tmp_path_factory.mktemp("store")
+    ports = {}
+    for name in ("s3", "master", "volume", "filer"):
+        while ports.get(name, 60_000) > 50_000:  # weed also takes each port + 10,000
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports[name] = probe.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    weed = Path(sys.executable).with_name("weed")
+    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
+        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"}.items():
+            patch.setenv(key, value)
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            yield _with_bucket(f"127.0.0.1:{ports['s3']}")
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def _with_bucket(endpoint: str) -> pafs.FileSystem:
+    system = pafs.S3FileSystem(
+        endpoint_override=endpoint, scheme="http", allow_bucket_creation=True, connect_timeout=2, request_timeout=5
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            system.create_dir("made")
+            return system
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
+def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, store: pafs.FileSystem) -> None:
+    (tmp_path / "new.csv").write_text(BAD)
+
+    def content(path: str) -> bytes:
+        with store.open_input_stream(path) as stream:
+            return stream.read()
+
+    predict(run, tmp_path / "new.csv", tmp_path / "a.csv")
+    predict(run, tmp_path / "new.csv", "s3://made/a.csv")
+    for ending in ("", ".rejects.jsonl"):
+        assert content(f"made/a.csv{ending}") == (tmp_path / f"a.csv{ending}").read_bytes()
+    with store.open_output_stream("made/out/part-00007.csv") as stream:
+        stream.write(b"left by one that was killed")
+    predict(run, tmp_path / "new.csv", f"{tmp_path}/out", "csv")
+    predict(run, tmp_path / "new.csv", "s3://made/out", "csv")
+    listed = store.get_file_info(pafs.FileSelector("made/out"))
+    assert sorted(each.base_name for each in listed) == ["_SUCCESS", "part-00000.csv", "rejects.jsonl"]
+    assert all(content(each.path) == (tmp_path / "out" / each.base_name).read_bytes() for each in listed)
+    with pytest.raises(UserError, match="the folder is there already"):
+        predict(run, tmp_path / "new.csv", "s3://made/out/")
 
 
 def test_the_command_and_its_exit_codes(run: Run, tmp_path: Path) -> None:

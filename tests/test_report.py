@@ -23,7 +23,7 @@ from raylway import storage
 from raylway.evaluate import baselines, metrics
 from raylway.evaluate.record import Evaluation
 from raylway.features.prepared import LeakTest, Prepared
-from raylway.report import charts, curves, words
+from raylway.report import charts, curves, figures, words
 from raylway.report.report import write
 from raylway.runs.run import Run
 
@@ -92,7 +92,8 @@ def log_evaluation(run: Run, prepared: Prepared, seed: int = 3) -> Evaluation:
     manifest = prepared.manifest
     _, _, target, row_id = prepared.rows("test").take(np.arange(manifest.account.test))
     random = np.random.default_rng(seed)
-    columns = {"row_id": row_id, "target": target, "prediction": target + random.standard_normal(len(target))}
+    columns = {"row_id": row_id, "file": [manifest.files[0]] * len(target), "line": row_id.astype(np.int64)}
+    columns |= {"target": target, "prediction": target + random.standard_normal(len(target))}
     if classes := manifest.signature.classes:
         output = random.dirichlet(np.ones(len(classes)), len(target)).astype(np.float32)
         names = np.array(classes)
@@ -271,6 +272,33 @@ def test_regression(tmp_path: Path) -> None:
     assert f"the model's answer for “price” is off by {words.figure(evaluation.metrics['mae'])} on average" in text
     assert "It beats always answering the mean" in text
     assert "Predicted and true values" in text
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_rows_that_were_most_wrong_are_named(tmp_path: Path, task: str) -> None:
+    if task == "classification":
+        prepared = data(tmp_path, ["no", "maybe", "yes"])
+    else:
+        draw = np.random.default_rng(0)
+        table = pa.table({"x": draw.standard_normal(60), "answer": draw.standard_normal(60)})
+        splits = dict.fromkeys(("train", "validation", "test"), table)
+        prepared = made_prepared.make(tmp_path / "prepared", splits, "answer")
+    run = made_prepared.make_run(tmp_path, prepared)
+    evaluation = log_evaluation(run, prepared)
+    frame = pq.read_table(run.predictions).to_pandas()
+    if task == "regression":
+        frame["wrong"] = (frame.prediction - frame.target).abs()
+    else:
+        frame["wrong"] = [1 - row[f"p_{row.target}"] for _, row in frame.iterrows()]
+        frame = frame[frame.target != frame.prediction]
+    expected = frame.sort_values("wrong", ascending=False, kind="stable").head(10)
+    found = figures.worst(run.predictions, evaluation, 10)
+    assert [row["id"] for row in found] == [str(row_id) for row_id in expected.row_id]
+    text = page(run, prepared).text
+    assert "Rows the model got most wrong" in text
+    for line in expected.line:
+        assert f"rows.csv:{line} " in text
+    assert f"raylway show {run.record.id} --row {expected.row_id.iloc[0]}" in text
 
 
 def test_many_classes_stay_readable(tmp_path: Path) -> None:

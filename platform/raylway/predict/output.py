@@ -12,6 +12,7 @@ parts without `_SUCCESS`).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ Format = Literal["csv", "jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("csv", "jsonl", "parquet")
 SUCCESS, REJECTS = "_SUCCESS", "rejects.jsonl"
 _BUCKETS = ("s3", "gs")
+_PART = re.compile(r"part-\d{5,}\.(csv|jsonl|parquet)|rejects\.jsonl")
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -93,12 +95,31 @@ def output_of(place: str | None, wanted: str | None) -> Output:
     scheme = place.partition("://")[0] if "://" in place else ""
     if scheme and scheme not in _BUCKETS:
         raise UserError("answers can't be written there", place, "a path, s3:// or gs://", f"{scheme}://")
-    found = Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
-    if is_folder and not found.is_remote and found.path.exists():
+    return Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
+
+
+def refuse_taken(output: Output) -> None:
+    """See, before anything is answered, that the place can be written.
+
+    Raises:
+        UserError: The bucket can't be reached, or the folder is there already. In a bucket the parts of a prediction
+            that was killed don't count; they are removed.
+    """
+    is_taken = output.is_folder and not output.is_remote and output.path.exists()
+    if output.is_remote:
+        system, prefix = bucket(output.place)
+        try:
+            there = system.get_file_info(pafs.FileSelector(prefix, recursive=True, allow_not_found=True))
+            left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
+            is_taken = output.is_folder and len(left) < sum(each.is_file for each in there)
+            for path in [] if is_taken or not output.is_folder else left:
+                system.delete_file(path)
+        except OSError as error:
+            raise UserError("the bucket can't be reached", output.place, found=str(error)) from None
+    if is_taken:
         raise UserError(
-            "the folder is there already", place, "a new folder", fix="name another one, or remove it first"
+            "the folder is there already", output.place, "a new folder", fix="name another one, or remove it first"
         )
-    return found
 
 
 def _format(name: str) -> Format:

@@ -28,7 +28,7 @@ from raylway.data.items import Item
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
-from raylway.predict.output import Output, Parts, PartWriter, commit, schema
+from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema
 from raylway.runs.progress import Reporter
 
 SMALL_BYTES = 32 << 20
@@ -91,6 +91,7 @@ def predict(loaded: LoadedJob, bundle: Path, source: str, output: Output, report
     """
     predictor = Predictor(bundle)
     signature = predictor.signature
+    refuse_taken(output)
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
     with _scratch(output, bundle) as scratch:

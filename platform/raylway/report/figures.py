@@ -195,3 +195,33 @@ def _calibration(claim: np.ndarray, came_true: np.ndarray, what: str, drawn: str
 
 def _scores(predictions: Path, name: str) -> np.ndarray:
     return pq.read_table(predictions, columns=[f"p_{name}"])[f"p_{name}"].to_numpy()
+
+
+def worst(predictions: Path, evaluation: Evaluation, most: int) -> list[dict[str, str]]:
+    """The test rows that the model got most wrong, the worst first: of classes, wrong answers by the probability of the
+    true one; of numbers, answers by their distance. Of equal ones the first of the source.
+    """
+    table = pq.read_table(predictions, columns=["row_id", "file", "line", "target", "prediction"])
+    if evaluation.task == "regression":
+        off = np.abs(table["prediction"].to_numpy() - table["target"].to_numpy())
+        order = np.lexsort((table["row_id"].to_numpy(), -off))[:most]
+        order = order[off[order] > 0]
+    else:
+        target = table["target"].to_numpy()
+        wrong = np.flatnonzero(target != table["prediction"].to_numpy())
+        true = np.zeros(len(target), np.float32)
+        for scores in evaluation.per_class:
+            mine = target == scores.name
+            true[mine] = _scores(predictions, scores.name)[mine]
+        order = wrong[np.lexsort((wrong, true[wrong]))][:most]
+    rows = table.take(order).to_pylist()
+    if evaluation.task == "regression":
+        measures = [figure(float(value)) for value in off[order]]
+        cells = [(figure(row["target"]), figure(row["prediction"])) for row in rows]
+    else:
+        measures = [f"{value:.2%}" if value >= 1e-4 else "below 0.01%" for value in true[order].tolist()]
+        cells = [(row["target"], row["prediction"]) for row in rows]
+    return [
+        {"place": f"{row['file']}:{row['line']}", "id": str(row["row_id"]), "true": a, "answer": b, "measure": measure}
+        for row, (a, b), measure in zip(rows, cells, measures, strict=True)
+    ]

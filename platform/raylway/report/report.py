@@ -26,6 +26,7 @@ _MOST_CLASSES = 20
 """Of a confusion matrix that can be read; of more classes the most frequent confusions are listed."""
 _MOST_LISTED = 50
 _MOST_QUARANTINED = 20
+_MOST_WRONG = 10
 _AFTER_PREPARE = STAGES[1:-1]
 """What can be unfinished: the prepared data is there, and this page is the last stage."""
 
@@ -59,6 +60,7 @@ def write(run: Run, prepared: Prepared) -> Path:
             training={**training, **training.get("plan", {})},
             learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
             answers=_answers(run, evaluation),
+            worst=_worst(run, evaluation),
             clock=_clock(record),
         )
     )
@@ -177,11 +179,21 @@ def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:
             yield from map(msgspec.json.decode, lines)
 
 
+def _has_answers(run: Run, evaluation: Evaluation) -> bool:
+    return evaluation.rows > 0 and run.predictions.exists()
+
+
 def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
-    if evaluation is None or not evaluation.rows or not run.predictions.exists():
+    if not evaluation or not _has_answers(run, evaluation):
         return []
     draw = figures.regression if evaluation.task == "regression" else figures.classification
     return draw(run.predictions, evaluation)
+
+
+def _worst(run: Run, evaluation: Evaluation | None) -> list[dict[str, str]]:
+    if not evaluation or not _has_answers(run, evaluation):
+        return []
+    return figures.worst(run.predictions, evaluation, _MOST_WRONG)
 
 
 def _clock(record: RunRecord) -> list[dict[str, Any]]:
