@@ -117,6 +117,7 @@ def numbers(texts: pa.Array) -> Numbers:
     has_zero = _matches_some(
         texts, _LEADING_ZERO, is_number & (pc.binary_length(texts).to_numpy(zero_copy_only=False) > 1)
     )
+    values[is_whole & (values == 0)] = 0.0  # as the integer is: -0 has one value however pieces are cut
     whole = np.zeros(count, np.int64)
     is_beyond = no.copy()
     for index in np.flatnonzero(is_whole & (np.abs(values) >= 2**53)):

@@ -33,7 +33,6 @@ class Dialect(msgspec.Struct, frozen=True):
     """None: found out from the heading."""
     quote: str = '"'
     """Encloses a cell that holds a delimiter or line end; empty: nothing does."""
-    decimal: str = "."
     columns: list[str] = []
     """Names of the columns of files without a heading."""
 
@@ -52,15 +51,13 @@ class Heading(msgspec.Struct, frozen=True):
     """Line that the first record starts on."""
     quote: str = '"'
     """Empty if nothing encloses cells."""
-    decimal: str = "."
 
 
 def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) -> Heading | None:
     """The heading of a file that begins with `data`.
 
     The delimiter, if it is not named, is the one of comma, semicolon, tab and bar that stands most often in the first
-    record outside quotes (not the comma where it is the decimal mark). Where the columns are named, the file has no
-    heading and its first record is data.
+    record outside quotes. Where the columns are named, the file has no heading and its first record is data.
 
     Args:
         data: The file's first bytes, `HEADING_BYTES` or fewer.
@@ -104,10 +101,10 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
                 found=text[:200],
                 fix="leave data.read.columns out",
             )
-        return Heading(delimiter, dialect.columns, start, 1, dialect.quote, dialect.decimal)
+        return Heading(delimiter, dialect.columns, start, 1, dialect.quote)
     line = 1 + _line_ends(np.frombuffer(data[:after], np.uint8))
     _check_columns(columns, f"{name}:{line - 1 if after > end else line}")
-    return Heading(delimiter, columns, after, line, dialect.quote, dialect.decimal)
+    return Heading(delimiter, columns, after, line, dialect.quote)
 
 
 def records_of(lines: Iterable[str], delimiter: str, quote: str) -> Any:
@@ -282,7 +279,7 @@ def _record_end(data: bytes, begin: int, quote: str) -> int | None:
 
 def _delimiter(heading: str, dialect: Dialect) -> str:
     bare = "".join(heading.split(dialect.quote)[0::2]) if dialect.quote else heading
-    return max((mark for mark in DELIMITERS if mark != dialect.decimal), key=bare.count)
+    return max(DELIMITERS, key=bare.count)
 
 
 def _is_any(values: np.ndarray, wanted: tuple[int, ...]) -> np.ndarray:

@@ -134,7 +134,7 @@ def _dialect(read: Read, where: str) -> Dialect:
             found=repr(delimiter),
         )
     check_columns(read.columns, where.replace("data.source", "data.read.columns"))
-    return Dialect(delimiter, quote, read.decimal, read.columns)
+    return Dialect(delimiter, quote, read.columns)
 
 
 def _from_csv(files: list[Location], dialect: Dialect) -> Source:

@@ -59,10 +59,6 @@ class Read(Section):
     """What encloses a cell that holds a delimiter or line end."""
     encoding: Text = "auto"
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
-    decimal: Literal[".", ","] = "."
-    """The decimal mark of numbers."""
-    missing: list[str] = []
-    """Words that are missing cells in every column, such as `-999` or `unknown`."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
 
