@@ -25,7 +25,7 @@ from made import made
 from made_prepared import make, make_run
 
 from raylway.bundle.predictor import Predictor, shortest
-from raylway.data import csv_read
+from raylway.data import csv_read, remote
 from raylway.errors import UserError
 from raylway.job.load import load_job
 from raylway.predict import predict as predicting
@@ -158,7 +158,7 @@ MISTAKES = {
     "ending": ("length,colour\n1,red\n", "a.xlsx", None, "can't be written in this format"),
     "format": ("length,colour\n1,red\n", "a", "xlsx", "can't be written in this format"),
     "place": ("length,colour\n1,red\n", "ftp://host/a.csv", None, "can't be written there"),
-    "no bucket": ("length,colour\n1,red\n", "s3:///a.csv", None, "the bucket can't be reached"),
+    "credentials": ("length,colour\n1,red\n", "s3://key:secret@made/a.csv", None, "the address holds credentials"),
     "under a file": ("length,colour\n1,red\n", "new.csv/a.csv", None, "the answers can't be written"),
 }
 
@@ -208,6 +208,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pafs.FileSystem]
     weed = Path(sys.executable).with_name("weed")
     command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
+    remote.system.cache_clear()
     with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
         for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"}.items():
             patch.setenv(key, value)
@@ -217,6 +218,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pafs.FileSystem]
         finally:
             server.terminate()
             server.wait(20)
+            remote.system.cache_clear()
 
 
 def _with_bucket(endpoint: str) -> pafs.FileSystem:
@@ -253,6 +255,23 @@ def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, store: pafs.File
     assert all(content(each.path) == (tmp_path / "out" / each.base_name).read_bytes() for each in listed)
     with pytest.raises(UserError, match="the folder is there already"):
         predict(run, tmp_path / "new.csv", "s3://made/out/")
+    with store.open_output_stream("made/in/new.csv") as stream:
+        stream.write(BAD.encode())
+    assert predict(run, "s3://made/in/", tmp_path / "b.csv").rejected == 5
+    assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == ["s3://made/in/new.csv"]
+
+
+def test_other_formats_are_answered_alike(run: Run, tmp_path: Path) -> None:
+    frame = rows(50, 8).round(6)
+    frame.to_json(tmp_path / "new.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "new.parquet")
+    frame.to_csv(tmp_path / "new.tsv", sep="\t", index=False)
+    answers = []
+    for ending in ("tsv", "jsonl", "parquet"):
+        assert predict(run, tmp_path / f"new.{ending}", tmp_path / f"{ending}.csv").answered == 50
+        answers.append(pd.read_csv(tmp_path / f"{ending}.csv").drop(columns=["row_id", "file", "line"]))
+    pd.testing.assert_frame_equal(answers[0], answers[1])
+    pd.testing.assert_frame_equal(answers[0], answers[2])
 
 
 def test_the_command_and_its_exit_codes(run: Run, tmp_path: Path) -> None:

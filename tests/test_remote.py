@@ -101,9 +101,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     for name, value in server.variables.items():
         monkeypatch.setenv(name, value)
-    remote._system.cache_clear()
+    remote.system.cache_clear()
     yield server
-    remote._system.cache_clear()
+    remote.system.cache_clear()
 
 
 def frame(rows: int, start: int = 0) -> pd.DataFrame:
@@ -181,12 +181,12 @@ def test_what_can_not_be_read_is_told(bucket: Bucket, tmp_path: Path, monkeypatc
     assert "the address holds credentials" in told
     assert SECRET not in told
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    remote._system.cache_clear()
+    remote.system.cache_clear()
     told = refusal(tmp_path, "s3://rows/odd")
     assert "refuses these credentials" in told
     assert "AWS_ACCESS_KEY_ID" in told
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_ports(1)[0]}")
-    remote._system.cache_clear()
+    remote.system.cache_clear()
     assert "the bucket can't be read" in refusal(tmp_path, "s3://rows/odd")
 
 

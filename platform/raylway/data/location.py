@@ -139,5 +139,5 @@ def refuse_credentials(address: str, where: str) -> None:
             where=where,
             expected="an address that is no secret: it is written into the run's record",
             found=f"{scheme}:// address with {'a user before @' if user else 'a signature or key after ?'}",
-            fix="take them out; s3:// and gs:// take credentials from the environment, such as AWS_ACCESS_KEY_ID",
+            fix="take them out; credentials come from the environment, such as AWS_ACCESS_KEY_ID",
         )

@@ -38,7 +38,7 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
     try:
         found = _listed(path)
     except OSError as error:
-        raise _unreadable(text, where, error) from None
+        raise unreadable(text, where, error) from None
     files = {info.path: info for info in found if info.is_file}
     if len(files) == 1 and path in files and not declared and format_of(path) is None:
         raise UserError(
@@ -78,16 +78,16 @@ def opened(location: Location) -> BinaryIO:
     """
     path = location.path.removeprefix("s3://")
     try:
-        info = _system().get_file_info(path)
+        info = system().get_file_info(path)
         if not info.is_file or (info.size, str(info.mtime_ns)) != (location.length, location.stamp):
             raise UserError(
                 "the file was changed or removed while it was read",
                 where=location.name,
                 fix="give the command again when it is at rest",
             )
-        return _system().open_input_file(path)
+        return system().open_input_file(path)
     except OSError as error:
-        raise _unreadable(location.name, location.name, error) from None
+        raise unreadable(location.name, location.name, error) from None
 
 
 def _listed(path: str) -> list[Any]:
@@ -97,10 +97,10 @@ def _listed(path: str) -> list[Any]:
         parts = path.split("/")
         until = next(index for index, part in enumerate(parts) if glob.has_magic(part))
         fixed = "/".join(parts[:until])
-    info = _system().get_file_info(fixed)
+    info = system().get_file_info(fixed)
     if info.is_file:
         return [info]
-    every = _system().get_file_info(pa_fs.FileSelector(fixed, recursive=True, allow_not_found=True))
+    every = system().get_file_info(pa_fs.FileSelector(fixed, recursive=True, allow_not_found=True))
     if fixed == path:
         return every
     return [info for info in every if _fits(info.path.split("/"), path.split("/"))]
@@ -116,7 +116,8 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _system() -> pa_fs.S3FileSystem:
+def system() -> pa_fs.S3FileSystem:
+    """The client of all buckets, with what the environment says of it."""
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     scheme, separator, host = (address or "").partition("://")
     further: dict[str, Any] = {"endpoint_override": host.rstrip("/"), "scheme": scheme} if separator else {}
@@ -130,7 +131,8 @@ def _system() -> pa_fs.S3FileSystem:
     )
 
 
-def _unreadable(text: str, where: str, error: OSError) -> UserError:
+def unreadable(text: str, where: str, error: OSError) -> UserError:
+    """What to tell a person of an error of the client."""
     words = str(error).splitlines()[0]
     denied = any(word in words for word in ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "403"))
     return UserError(

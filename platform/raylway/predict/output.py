@@ -26,13 +26,14 @@ import pyarrow.parquet as pq
 
 from raylway import storage
 from raylway.bundle.predictor import shortest
+from raylway.data import remote
+from raylway.data.location import refuse_credentials
 from raylway.errors import UserError
 from raylway.features.signature import Signature
 
 Format = Literal["csv", "jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("csv", "jsonl", "parquet")
 SUCCESS, REJECTS = "_SUCCESS", "rejects.jsonl"
-_BUCKETS = ("s3", "gs")
 _PART = re.compile(r"part-\d{5,}\.(csv|jsonl|parquet)|rejects\.jsonl")
 
 
@@ -52,6 +53,11 @@ class Output(msgspec.Struct, frozen=True):
     def path(self) -> Path:
         """Of a local output, absolute."""
         return Path(self.place).absolute()
+
+    @property
+    def key(self) -> str:
+        """Of a remote output: bucket and path."""
+        return self.place.partition("://")[2]
 
     @property
     def rejects(self) -> str:
@@ -93,8 +99,9 @@ def output_of(place: str | None, wanted: str | None) -> Output:
             fix="end the name with a slash to write a folder of parts",
         )
     scheme = place.partition("://")[0] if "://" in place else ""
-    if scheme and scheme not in _BUCKETS:
-        raise UserError("answers can't be written there", place, "a path, s3:// or gs://", f"{scheme}://")
+    refuse_credentials(place, "--output")
+    if scheme and scheme not in remote.SCHEMES:
+        raise UserError("answers can't be written there", place, "a path or s3://bucket/path", f"{scheme}://")
     return Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
 
 
@@ -102,20 +109,20 @@ def refuse_taken(output: Output) -> None:
     """See, before anything is answered, that the place can be written.
 
     Raises:
-        UserError: The bucket can't be reached, or the folder is there already. In a bucket the parts of a prediction
+        UserError: The bucket can't be read, or the folder is there already. In a bucket the parts of a prediction
             that was killed don't count; they are removed.
     """
     is_taken = output.is_folder and not output.is_remote and output.path.exists()
     if output.is_remote:
-        system, prefix = bucket(output.place)
+        system = remote.system()
         try:
-            there = system.get_file_info(pafs.FileSelector(prefix, recursive=True, allow_not_found=True))
+            there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
             is_taken = output.is_folder and len(left) < sum(each.is_file for each in there)
             for path in [] if is_taken or not output.is_folder else left:
                 system.delete_file(path)
         except OSError as error:
-            raise UserError("the bucket can't be reached", output.place, found=str(error)) from None
+            raise remote.unreadable(output.place, "--output", error) from None
     if is_taken:
         raise UserError(
             "the folder is there already", output.place, "a new folder", fix="name another one, or remove it first"
@@ -218,6 +225,8 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
         else:
             _commit_file(output, columns, parts)
     except OSError as error:
+        if output.is_remote:
+            raise remote.unreadable(output.place, "--output", error) from None
         raise UserError(
             "the answers can't be written", output.place or "standard output", found=error.strerror or str(error)
         ) from None
@@ -239,7 +248,7 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
             _append(parts.refused, file)
         moved.append((whole, REJECTS))
     if output.is_remote:
-        system, prefix = bucket(output.place)
+        system, prefix = remote.system(), output.key
         for path, name in moved:
             _upload(path, system, f"{prefix}/{name}")
         with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
@@ -263,7 +272,7 @@ def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
         file.flush()
         os.fsync(file)
     if output.is_remote:
-        system, address = bucket(output.place)
+        system, address = remote.system(), output.key
         if parts.refused:
             _upload(refused, system, f"{address}.{REJECTS}")
         elif system.get_file_info(f"{address}.{REJECTS}").type == pafs.FileType.File:
@@ -304,18 +313,6 @@ def _append(paths: list[Path], out: IO[bytes]) -> None:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def bucket(address: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of an address and the path in it; credentials come from the environment.
-
-    Raises:
-        UserError: There is no such bucket or no way to it.
-    """
-    try:
-        return pafs.FileSystem.from_uri(address)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError("the bucket can't be reached", address, found=str(error)) from None
 
 
 def _upload(path: Path, system: pafs.FileSystem, target: str) -> None:
