@@ -96,7 +96,7 @@ def refusal(folder: Path, data: dict[str, Any], **top: Any) -> str:
         ({"source": "row.csv", "target": "sold"}, ["row.csv", "did you mean rows.csv?", "data.source"]),
         ({"source": "none/*.csv", "target": "sold"}, ["none/*.csv", "not there"]),
         ({"source": "rows.xlsx", "target": "sold"}, ["rows.xlsx", "no known format", ".parquet"]),
-        ({"source": "s3://b/rows.csv", "target": "sold"}, ["s3://", "not read"]),
+        ({"source": "hdfs://b/rows.csv", "target": "sold"}, ["hdfs://", "not read"]),
         ({"source": "pkg://no_such_pkg/x.csv", "target": "sold"}, ["no_such_pkg", "pip install"]),
         (
             {"source": "rows.csv", "target": "sole"},

@@ -188,7 +188,7 @@ def test_a_parquet_file_of_timestamps_is_predicted_as_its_text(folder: Path) -> 
     answers = [
         raylway("predict", run.parent, folder / f"t.{kind}", folder=folder).stdout for kind in ("csv", "parquet")
     ]
-    columns = [[line.split(",")[1:4] for line in text.splitlines()] for text in answers]
+    columns = [[line.split(",")[3:] for line in text.splitlines()] for text in answers]
     assert columns[0] == columns[1] and len(columns[0]) == len(rows) + 1
 
 
