@@ -8,14 +8,12 @@ import io
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raylway.data import columns, csv_read, csv_text, items
+from raylway.data import csv_read, csv_text, items
 from raylway.data.items import Reading, Stream
 from raylway.data.location import Location
 from raylway.data.packed import zip_members
@@ -206,43 +204,3 @@ def test_headings_that_are_refused(data, words):
     with pytest.raises(UserError, match=words) as caught:
         csv_text.read_heading(data, True, "f.csv")
     assert "f.csv" in str(caught.value)
-
-
-CELLS = st.one_of(
-    st.integers(-(2**70), 2**70).map(str),
-    st.integers(-50, 50).map(str),
-    st.floats(allow_nan=True, allow_infinity=True).map(repr),
-    st.sampled_from(
-        "007 -007 +5 0x1F 0X2 1e5 1E5 1. .5 . - 1_000 inf -inf Infinity nan NaN NAN -nan NA N/A null None 1e999 00 0 "
-        "-0 0.0 00.5 1,5 9223372036854775807 9223372036854775808 abc true".split()
-    ),
-    st.sampled_from(["", " ", " 5", "5 ", "\t7", " 007", "é", "1\u00a0000", "\uff11"]),
-)
-
-
-@given(st.lists(st.tuples(CELLS, CELLS, st.integers(0, 9)), min_size=1, max_size=12), st.booleans(), st.data())
-@settings(max_examples=400, deadline=None)
-def test_numbers_read_at_once_are_those_that_their_text_gives(rows, quoted, data):
-    """Whatever is expected of a column: reading it at once, or its text first, ends in the same values."""
-    heading = csv_text.Heading(";", ["a", "b", "c"], 0, 2)
-    quote = '"{}"'.format if quoted else str
-    body = "".join(f"{quote(a)};{quote(b)};{c}\n" for a, b, c in rows).encode()
-    direct = {name: data.draw(st.sampled_from(["int64", "float64"])) for name in ("a", "b", "c")}
-    text, numbers = csv_read.parse(body, heading, 2), csv_read.parse(body, heading, 2, direct)
-    assert text is not None
-    assert numbers is not None
-    assert text.lines.tolist() == numbers.lines.tolist()
-    ids = np.arange(len(text.lines), dtype=np.uint64)
-    for name, cells in numbers.columns.items():
-        if pa.types.is_string(cells.type):
-            assert cells.equals(text.columns[name])
-            continue
-        stored, seen = columns.examine(text.columns[name], ids, keep_text=False)
-        assert not (seen.bad or seen.zeros or seen.infinite)
-        kind = str(cells.type).replace("double", "float64")
-        expected, invalid = columns.final(stored, kind, False)
-        assert invalid is None or not invalid.any()
-        assert expected.equals(cells)
-        assert kind == "float64" or not seen.real
-        there = columns.seen_of_numbers(cells, False)
-        assert there.missing == seen.missing + seen.words

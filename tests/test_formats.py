@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylway.data import columns, items, opening, outcome, roles, sources
+from raylway.data import assessment, columns, items, opening, roles, sources
 from raylway.errors import UserError
 from raylway.job.load import load_job
 
@@ -44,8 +44,8 @@ def read(folder: Path, step: int = 1 << 20, **data: Any) -> tuple[pa.Table, list
     reading = items.Reading(source.columns, names.numeric, step)
     while True:
         pieces = [piece for item in items.grouped(parts, step) for piece in items.read(item, reading)]
-        seen = outcome.merged([piece.facts.seen for piece in pieces])
-        types = outcome.types_of(loaded, names, seen, source.places)
+        seen = assessment.merged([piece.facts.seen for piece in pieces])
+        types = assessment.types_of(loaded, names, seen, source.places)
         again = [name for name, each in seen.items() if types.of[name] == "string" and each.lossy]
         if not again:
             break

@@ -13,25 +13,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preparing import job, prepared
 from sklearn.preprocessing import StandardScaler
 
 from raylway.data import csv_read, prepare, shards
 from raylway.errors import UserError
 from raylway.features.prepared import LINE_BITS, SPLITS, Prepared
-from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-def job(folder: Path, data: dict[str, Any], **top: Any) -> LoadedJob:
-    path = folder / "job.yaml"
-    path.write_text(json.dumps({"name": "made", "data": data, **top}))
-    return load_job(path)
-
-
-def prepared(folder: Path, data: dict[str, Any], **top: Any) -> Prepared:
-    return prepare.prepare(job(folder, data, **top), folder / "runs", Reporter("lines", io.StringIO()))
 
 
 def everything(found: Prepared) -> pd.DataFrame:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from preparing import job, prepared
 
 from raylway.data import items, prepare, sources
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, Prepared
-from raylway.job.load import LoadedJob, load_job
-from raylway.runs.progress import Reporter
-
-
-def job(folder: Path, data: dict[str, Any], **top: Any) -> LoadedJob:
-    path = folder / "job.yaml"
-    path.write_text(json.dumps({"name": "made", "data": data, **top}))
-    return load_job(path)
-
-
-def prepared(folder: Path, data: dict[str, Any], **top: Any) -> Prepared:
-    """Small sources need no Ray."""
-    return prepare.prepare(job(folder, data, **top), folder / "runs", Reporter("lines", io.StringIO()))
 
 
 def side_by_row(found: Prepared) -> dict[tuple[str, int], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -13,16 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from preparing import job
 
-from raylway.data import files, items, opening, outcome, roles, sources
+from raylway.data import assessment, files, items, opening, outcome, roles, sources
 from raylway.errors import UserError
-from raylway.job.load import LoadedJob, load_job
-
-
-def job(folder: Path, data: dict[str, Any], **top: Any) -> LoadedJob:
-    path = folder / "job.yaml"
-    path.write_text(json.dumps({"name": "made", "data": data, **top}))
-    return load_job(path)
 
 
 def table(rows: int = 60) -> pd.DataFrame:
@@ -199,12 +192,12 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         names = roles.check_names(loaded, source.columns)
         reading = items.Reading(source.columns, [], 1 << 20)
         piece, _ = items.read_head(source.parts[0], reading)
-        types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
-        rules = outcome.rules_of(loaded, names, types)
-        one, rows, _ = outcome.found_of(piece, rules, outcome.ordering_of(loaded, source))
+        types = assessment.types_of(loaded, names, piece.facts.seen, source.places)
+        rules = assessment.rules_of(loaded, names, types)
+        one, rows, _ = assessment.found_of(piece, rules, assessment.ordering_of(loaded, source))
 
         def count(divided, codes):
-            return [outcome.counted(rows, one, codes[0], divided, divided.exceptions)]
+            return [assessment.counted(rows, one, codes[0], divided, divided.exceptions)]
 
         found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, outcome.Pieces([one], [rows], count))
         return [each.name for each in found.signature.inputs if not each.required]

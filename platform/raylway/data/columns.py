@@ -168,23 +168,6 @@ def examine(texts: pa.Array, row_ids: np.ndarray, keep_text: bool, source: str =
     return table.take(encoded.indices), seen
 
 
-def seen_of_numbers(cells: pa.Array, worded: bool) -> Seen:
-    """What there is to say of N cells of text that were read as numbers at once, int64 or float64.
-
-    Args:
-        cells: Empty cells and missing words are null.
-        worded: Whether the missing cells count as missing words, which can't be told from empty cells any more.
-    """
-    form = "int64" if pa.types.is_int64(cells.type) else "float64"
-    seen = Seen(["text"], [form], lossy=True, present=len(cells) - cells.null_count)
-    seen.real = seen.present if form == "float64" else 0
-    if worded:
-        seen.words, seen.present = cells.null_count, len(cells)
-    else:
-        seen.missing = cells.null_count
-    return seen
-
-
 def as_numbers(stored: pa.Array, whole: bool) -> tuple[pa.Array, np.ndarray]:
     """A stored column of text as int64 or float64, and which of its N cells are neither number nor missing."""
     values = stored.dictionary

@@ -12,11 +12,9 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from raylway.data import csv_text, packed
-from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_text import Heading, Scan
 from raylway.data.location import Location
 from raylway.data.packed import exactly
@@ -31,10 +29,6 @@ _LONGEST_STEPS = 8
 _LONGEST_SHOWN = 10_000
 _SENTINEL = "\0" * 8
 """No record of a file is this: a NUL in the heading is refused, and no delimiter or quote is one."""
-
-
-Direct = dict[str, str]
-"""Columns to read as numbers at once, each int64 or float64."""
 
 
 class Span(Protocol):
@@ -75,7 +69,7 @@ class Parsed:
     """Some consecutive records."""
 
     columns: dict[str, pa.Array]
-    """By column, in the order of the heading: text, null for an empty cell; or numbers (`parse`)."""
+    """By column, in the order of the heading: text, null for an empty cell."""
     lines: np.ndarray
     """int64 [N]: the line that each record starts on."""
     rejects: list[Reject] = field(default_factory=list)
@@ -163,13 +157,12 @@ def scan_range(location: Location, start: int, end: int, head: Heading) -> Scan:
     return csv_text.scan(memoryview(text)[1 : end - start + 1], before, after, head.delimiter)
 
 
-def read_range(part: Span, head: Heading, direct: Direct | None = None) -> Parsed:
+def read_range(part: Span, head: Heading) -> Parsed:
     """The records of a regular plain file that begin inside a span.
 
     Args:
         part: The span.
         head: The file's heading.
-        direct: As `parse` takes it.
     """
     start, end, in_quotes, line = part.start, part.end, part.in_quotes, part.line
     with packed.opened(part.location) as file:
@@ -187,21 +180,18 @@ def read_range(part: Span, head: Heading, direct: Direct | None = None) -> Parse
             body += more[:cut]
             if cut is not None:
                 break
-    parsed = parse(body, head, line, direct)
+    parsed = parse(body, head, line)
     assert parsed is not None, "the first pass found this file regular"
     return parsed
 
 
-def parse(body: bytes, head: Heading, line: int, direct: Direct | None = None) -> Parsed | None:
+def parse(body: bytes, head: Heading, line: int) -> Parsed | None:
     """The records of a text that begins and ends with a record; None if its quotes break the rules.
 
     Args:
         body: The text.
         head: The file's heading.
         line: Line that the text starts on.
-        direct: Columns that are expected to hold numbers, int64 or float64. Where every cell of all of them is empty, a
-            missing word, or a number in a spelling that loses nothing, they are numbers in the result (empty cells and
-            missing words null), which is twice as fast as their text; else they are text like the others.
     """
     found = csv_text.records(body, head.delimiter) if head.quote == '"' else None
     if found is None:
@@ -222,82 +212,22 @@ def parse(body: bytes, head: Heading, line: int, direct: Direct | None = None) -
     lines = line + found.lines[good]
     if not len(lines):
         return Parsed({name: pa.array([], pa.string()) for name in head.columns}, lines, rejects)
-    table = _numbers(body, head, found.multiline, direct) if direct else None
-    if table is None:
-        table = _columns(body, head, found.multiline, {})
+    table = _columns(body, head, found.multiline)
     assert table.num_rows == len(lines), "pyarrow and the record scan disagree"
     columns = [table[name].combine_chunks() for name in head.columns]
     return _checked(Parsed(dict(zip(head.columns, columns, strict=True)), lines, rejects))
 
 
-def _numbers(body: bytes, head: Heading, multiline: bool, direct: Direct) -> pa.Table | None:
-    """The cells with the columns in `direct` as numbers; None if one of them holds anything else."""
-    if _has_odd_zero(body, head.delimiter):
-        return None
-    try:
-        table = _columns(body, head, multiline, direct)
-    except pa.ArrowInvalid:
-        return None
-    for name, kind in direct.items():
-        column = table[name]
-        finite = kind == "int64" or pc.all(pc.is_finite(column)).as_py() is not False
-        if not finite or column.null_count == len(column):
-            return None
-    return table
-
-
-def _has_odd_zero(body: bytes, delimiter: str) -> bool:
-    """Whether a cell begins like 007 or 0x7, which Arrow would read as a number; a sign, a quote or blanks may precede
-    it. Finds a few more, which costs time only."""
-    text = np.frombuffer(b"".join([b"\n\n", body, b"\n"]), np.uint8)
-    zero, following, before, first = text[2:-1] == ord("0"), text[3:], text[1:-2], text[:-3]
-    odd = zero & ((following - np.uint8(ord("0")) < 10) | (following | np.uint8(32) == ord("x")))
-    begins = _begins_cell(before, delimiter)
-    signed = ((before == ord("-")) | (before == ord("+"))) & _begins_cell(first, delimiter)
-    return bool((odd & (begins | signed)).any())
-
-
-def _begins_cell(before: np.ndarray, delimiter: str) -> np.ndarray:
-    found = before == ord(delimiter)
-    for other in b'\n\r" \t':
-        found |= before == other
-    return found
-
-
-def _columns(body: bytes, head: Heading, multiline: bool, direct: Direct) -> pa.Table:
-    """Every cell as bytes, those in `direct` as numbers. One block, so that no cell straddles two and no type changes
-    on the way."""
-    kinds = {"int64": pa.int64(), "float64": pa.float64()}
-    table = _read(body, head, multiline, {name: kinds[kind] for name, kind in direct.items()})
-    if not direct:
-        return table
-    columns = [
-        column if name in direct else _without_empty(column) for name, column in zip(head.columns, table, strict=True)
-    ]
-    return pa.table(columns, head.columns)
-
-
-def _without_empty(column: pa.ChunkedArray) -> pa.Array:
-    """Cells of bytes, the empty ones null; nothing is copied but the mask."""
-    cells = column.combine_chunks()
-    _, offsets, content = cells.buffers()
-    filled = np.diff(np.frombuffer(offsets, np.int32, len(cells) + 1, 4 * cells.offset)) > 0
-    if filled.all():
-        return cells
-    mask = pa.py_buffer(np.packbits(filled, bitorder="little"))
-    return pa.Array.from_buffers(pa.binary(), len(cells), [mask, offsets, content], offset=0)
-
-
-def _read(body: bytes, head: Heading, multiline: bool, numbers: dict[str, pa.DataType]) -> pa.Table:
+def _columns(body: bytes, head: Heading, multiline: bool) -> pa.Table:
+    """Every cell as bytes. One block, so that no cell straddles two and no type changes on the way."""
     return pa_csv.read_csv(
         pa.BufferReader(body),
         pa_csv.ReadOptions(column_names=head.columns, block_size=len(body) + 1, use_threads=False),
         pa_csv.ParseOptions(delimiter=head.delimiter, newlines_in_values=multiline),
         pa_csv.ConvertOptions(
-            column_types=dict.fromkeys(head.columns, pa.binary()) | numbers,
-            null_values=["", *MISSING_WORDS] if numbers else [""],
-            # text columns keep their missing words, so their empty cells are found in another way then
-            strings_can_be_null=not numbers,
+            column_types=dict.fromkeys(head.columns, pa.binary()),
+            null_values=[""],
+            strings_can_be_null=True,
             quoted_strings_can_be_null=True,
         ),
     )
@@ -308,9 +238,6 @@ def _checked(parsed: Parsed) -> Parsed:
     texts: dict[str, pa.Array] = {}
     bad: dict[int, tuple[str, bytes]] = {}
     for name, cells in parsed.columns.items():
-        if not pa.types.is_binary(cells.type):
-            texts[name] = cells
-            continue
         try:
             texts[name] = cells.cast(pa.string())
         except pa.ArrowInvalid:
@@ -325,8 +252,7 @@ def _checked(parsed: Parsed) -> Parsed:
     keep = np.ones(len(parsed.lines), bool)
     keep[list(bad)] = False
     mask = pa.array(keep)
-    columns = {name: cells.filter(mask) for name, cells in parsed.columns.items()}
-    columns |= {name: cells.cast(pa.string()) for name, cells in columns.items() if pa.types.is_binary(cells.type)}
+    columns = {name: cells.filter(mask).cast(pa.string()) for name, cells in parsed.columns.items()}
     return Parsed(columns, parsed.lines[keep], sorted(parsed.rejects, key=lambda reject: reject.row_id))
 
 

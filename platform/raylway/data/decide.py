@@ -126,9 +126,7 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
         kind = "float64"
     sentences = [_invalid(name, column, places)] if column.bad else []
     if column.words:
-        sentences.append(
-            f"column {name!r} holds numbers: {column.words:,} cells that are empty or like NA count as missing"
-        )
+        sentences.append(f"column {name!r} holds numbers: {column.words:,} cells like NA or null count as missing")
     return kind, sentences
 
 

@@ -100,10 +100,6 @@ class Reading(msgspec.Struct, frozen=True):
     """About so much text makes a piece (`csv_read.RANGE_BYTES`)."""
     as_text: list[str] = []
     """Columns that are known to be text."""
-    direct: dict[str, str] = {}
-    """Columns that are expected to hold numbers, used for ranges of large CSV files (`csv_read.parse`)."""
-    worded: list[str] = []
-    """Those among them in which missing words are expected."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -178,8 +174,6 @@ def read(item: Item, reading: Reading) -> Iterator[Piece]:
     number, size = 0, 0
     read_now: list[pa.Table] = []
     rejects: list[Reject] = []
-    if len(item.parts) > 1:  # a column might be numbers in one part and text in the next
-        reading = msgspec.structs.replace(reading, direct={})
     for part in item.parts:
         for table, refused in tables(part, reading):
             read_now.append(table)
@@ -230,10 +224,8 @@ def _piece(item: Item, number: int, found: list[pa.Table], rejects: list[Reject]
         elif first.location.format != "csv":
             where = first.location.name
             stored[name], seen[name] = arrow_read.stored(table[name], name, row_ids, numeric, where)
-        elif pa.types.is_string(cells.type):
-            stored[name], seen[name] = columns.examine(cells, row_ids, as_text)
         else:
-            stored[name], seen[name] = cells, columns.seen_of_numbers(cells, name in reading.worded)
+            stored[name], seen[name] = columns.examine(cells, row_ids, as_text)
     stored[ROW_ID] = table[ROW_ID].combine_chunks()
     return Piece(
         pa.table(stored), Facts(item.index, number, table.num_rows, seen, rejects, table.num_rows + len(rejects))
@@ -243,8 +235,8 @@ def _piece(item: Item, number: int, found: list[pa.Table], rejects: list[Reject]
 def tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Reject]]]:
     """The rows of a part as its file has them: the reading's columns and `ROW_ID`, and the rows that can't be read.
 
-    CSV cells are text (or numbers, of a range with `direct`), JSON cells marked text (`lines_read.split_cells`), others
-    typed; columns that the file lacks are null.
+    CSV cells are text, JSON cells marked text (`lines_read.split_cells`), others typed; columns that the file lacks are
+    null.
 
     Raises:
         UserError: The file is damaged, or was changed while it was read.
@@ -255,7 +247,7 @@ def tables(part: Part, reading: Reading) -> Iterator[tuple[pa.Table, list[Reject
             for parsed in csv_read.read_stream(location, heading, reading.piece_bytes):
                 yield _parsed(parsed, part, base, reading)
         case Range(location=location, heading=heading) if location.format == "csv":
-            yield _parsed(csv_read.read_range(part, heading, reading.direct), part, base, reading)
+            yield _parsed(csv_read.read_range(part, heading), part, base, reading)
         case Stream(location=location, heading=heading):
             for body, line in lines_read.bodies(location, heading, reading.piece_bytes):
                 yield _parsed(_of_lines(part, body, line, reading), part, base, reading)

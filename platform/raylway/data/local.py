@@ -7,7 +7,7 @@ import glob
 import importlib.util
 from pathlib import Path
 
-from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden
+from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, unknown_format
 from raylway.errors import UserError
 
 
@@ -28,13 +28,7 @@ def find(path: str, text: str, bases: list[Path], where: str, declared: Format |
         candidate = base / Path(path).expanduser()
         if candidate.is_file():
             if not declared and format_of(candidate.name) is None:
-                raise UserError(
-                    "the file is of no known format",
-                    where=where,
-                    expected=ENDINGS,
-                    found=text,
-                    fix="name its format with data.read.format",
-                )
+                raise unknown_format(text, where)
             return [Location(text, str(candidate.absolute()), declared=declared)]
         if candidate.is_dir():
             return _folder(candidate, text, where, declared)

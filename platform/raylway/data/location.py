@@ -118,6 +118,17 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
 
 
+def unknown_format(text: str, where: str) -> UserError:
+    """The ending of a file that the job names says nothing."""
+    return UserError(
+        "the file is of no known format",
+        where=where,
+        expected=ENDINGS,
+        found=text,
+        fix="name its format with data.read.format",
+    )
+
+
 def refuse_credentials(address: str, where: str) -> None:
     """An address goes into the run record, so it must not let anyone in.
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import describe, division, ordering, sides
-from raylway.data.clean import Assessed, Rules, assess, distinct
+from raylway.data import describe, sides
+from raylway.data.assessment import Counted, Found, ordering_of, text_target
+from raylway.data.clean import Assessed, Rules, distinct
 from raylway.data.columns import Seen
-from raylway.data.csv_read import Reject
-from raylway.data.decide import Places, Types, decide
 from raylway.data.describe import Described
-from raylway.data.division import Division, Exceptions
-from raylway.data.items import ROW_ID, Piece
+from raylway.data.division import Division
 from raylway.data.opening import Source, no_rows
-from raylway.data.ordering import Ordering
 from raylway.data.roles import FEW_CLASSES, Names, Roles, choose_features, infer_task, signature
 from raylway.data.treated import fit_plan, ineffective
 from raylway.data.warnings import Subject
@@ -30,9 +25,6 @@ from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
 from raylway.job.load import LoadedJob
-
-_SHOWN = 4
-"""Rejected rows of a piece that a message may name."""
 
 
 @dataclass(frozen=True)
@@ -57,53 +49,6 @@ class Outcome:
     """All columns over all rows that could be read."""
 
 
-def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
-    """What the pieces' rows are held to, once the types are decided."""
-    clean = loaded.job.data.clean
-    target_type = types.of.get(names.target, "")
-    certain = loaded.job.task == "classification" or target_type in ("string", "bool")
-    classes: Literal["all", "few", "none"] = "all" if certain or names.target in names.derive else "few"
-    if loaded.job.task == "regression":
-        classes = "none"
-    hidden = [name for name in names.derive if name in names.drop and name not in names.target_sources]
-    says_side = loaded.job.data.split.by == "column"
-    return Rules(
-        types=types.of,
-        derive=names.derive,
-        places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
-        target=names.target,
-        target_sources=sorted(names.target_sources),
-        dates=names.date,
-        needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
-        unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
-        unused=hidden,
-        drop_missing=clean.missing == "drop",
-        infinite_is_missing=clean.infinite == "missing",
-        classes=classes,
-    )
-
-
-class Found(msgspec.Struct, frozen=True):
-    """What became of one piece's rows, without anything that grows with them."""
-
-    assessed: Assessed
-    """Its row arrays are empty; of the rejects the first few."""
-    usable: int
-    invalid: int
-    refused: Reject | None
-    """The first row whose split column has no place in the split."""
-    first: int
-    """Row id of the piece's first row; 0 if it has none."""
-    last: int
-
-
-class Counted(msgspec.Struct, frozen=True):
-    """Rows of a piece by side and class, int64 [4, classes or 1]."""
-
-    rows: int
-    counts: list[list[int]]
-
-
 @dataclass(frozen=True)
 class Pieces:
     """All pieces, assessed."""
@@ -113,26 +58,6 @@ class Pieces:
     """By piece (`ordering.ordered`)."""
     count: Callable[[Division, list[list[int]]], list[Counted]]
     """Counts the rows of every piece, once the division and each piece's class codes are known."""
-
-
-def found_of(piece: Piece, rules: Rules, order: Ordering) -> tuple[Found, pa.Table, list[Reject]]:
-    """Assess a piece: what became of its rows, the usable ones in order (`ordering`), and the invalid ones.
-
-    Raises:
-        UserError: A derived column's expression does not fit its columns.
-    """
-    full = assess(piece, rules)
-    table, refused = ordering.ordered(piece, full, rules, order)
-    ids = piece.table[ROW_ID]
-    rows = len(ids)
-    slim = msgspec.structs.replace(full, usable=b"", hashes=b"", codes=b"", rejects=full.rejects[:_SHOWN])
-    ends = (ids[0].as_py(), ids[rows - 1].as_py()) if rows else (0, 0)
-    return Found(slim, table.num_rows, len(full.rejects), refused.reject, *ends), table, full.rejects
-
-
-def ordering_of(loaded: LoadedJob, source: Source) -> Ordering:
-    """What decides the side of a row."""
-    return ordering.ordering_of(loaded.job.data.split, loaded.job.seed, source.sides)
 
 
 def conclude(
@@ -212,16 +137,6 @@ def conclude(
     )
 
 
-def counted(table: pa.Table, found: Found, codes: list[int], divided: Division, exceptions: Exceptions) -> Counted:
-    """The rows of one piece by side and class."""
-    own = np.array(codes, np.int32)
-    own_sides = division.sides(table, own, divided, exceptions)
-    classes = max(1, len(divided.classes))
-    code = own[table["code"].to_numpy()] if codes else np.zeros(len(own_sides), np.int32)
-    counts = np.bincount(own_sides.astype(np.int64) * classes + code, minlength=4 * classes).reshape(4, classes)
-    return Counted(found.assessed.rows, counts.tolist())
-
-
 @dataclass(frozen=True)
 class Preview:
     """What some rows suggest; the whole data may decide otherwise."""
@@ -294,26 +209,6 @@ def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subjec
     )
 
 
-def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:
-    """What all pieces saw, by column; `parts` in the order of the rows."""
-    result = dict(parts[0])
-    for part in parts[1:]:
-        for name, column in part.items():
-            result[name] = result[name].merged(column)
-    return result
-
-
-def types_of(loaded: LoadedJob, names: Names, seen: dict[str, Seen], places: Places) -> Types:
-    """The types of all columns; a regression's target is a number whatever it looks like."""
-    numeric = set(names.numeric)
-    if loaded.job.task == "regression" and names.target in seen and "text" in seen[names.target].sources:
-        column = seen[names.target]
-        if column.bad > loaded.job.data.clean.max_invalid * column.present:
-            raise _text_target(loaded, names.target, places.cell(column.first_bad) if column.first_bad else "text")
-        numeric.add(names.target)
-    return decide(seen, numeric, loaded.job.data.clean, places)
-
-
 def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int:
     """How many rows are invalid, if the job lets so many pass."""
     rejects = [reject for each in found for reject in each.assessed.rejects]
@@ -365,7 +260,7 @@ def _target(
     task, why = infer_task(loaded.job.task, types[names.target], whole, len(known) if named else FEW_CLASSES + 1, rows)
     if task == "regression":
         if types[names.target] == "string":
-            raise _text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
+            raise text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
         return task, why, []
     classes = sorted_names(known)
     if len(classes) < 2 and whole_data:
@@ -401,13 +296,3 @@ def _absences(target: str, classes: list[str], by_class: dict[SplitName, list[in
             consequence = "the model never learns it" if side == "train" else f"the {side} metrics say nothing about it"
             sentences.append(f"no {side} row has the {target} {', '.join(absent[:5])}: {consequence}")
     return sentences
-
-
-def _text_target(loaded: LoadedJob, target: str, found: str) -> UserError:
-    return UserError(
-        f"the target {target!r} is text, which regression can't predict",
-        where=loaded.location("data.target"),
-        expected="a column of numbers",
-        found=found,
-        fix="choose a numeric target, or task: classification",
-    )

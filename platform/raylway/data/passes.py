@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from raylway.data import division, items, outcome, pieces, shards
+from raylway.data import division, items, pieces, shards
+from raylway.data.assessment import Counted, Found, counted, found_of
 from raylway.data.clean import Rules
 from raylway.data.csv_read import Reject
 from raylway.data.division import Division, Exceptions
 from raylway.data.items import Facts, Piece, Reading
 from raylway.data.ordering import Ordering
-from raylway.data.outcome import Counted, Found
 from raylway.data.pieces import Keyed
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.errors import UserError
@@ -94,7 +94,7 @@ def read(keyed: Keyed, reading: Reading, rules: Rules | None, order: Ordering, f
 def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> Counted:
     """Rows of a piece by side and class."""
     table = pieces.read_table(Path(folder) / task.key, _rows_name(assessment, task.facts.number))
-    return outcome.counted(table, task.found, task.codes, divided, task.exceptions)
+    return counted(table, task.found, task.codes, divided, task.exceptions)
 
 
 def measure(
@@ -155,7 +155,7 @@ def _found(place: Path, facts: list[Facts], rules: Rules, order: Ordering, must_
         found, made = [], {}
         try:
             for fact in facts:
-                one, table, invalid = outcome.found_of(_opened(place, fact), rules, order)
+                one, table, invalid = found_of(_opened(place, fact), rules, order)
                 name = _rows_name(assessment, fact.number)
                 made[name] = pieces.write_table(place, name, table)
                 name = f"{assessment}-{fact.number}.rejects"

@@ -31,12 +31,13 @@ from raylway.data import (
     warnings,
 )
 from raylway.data import report as column_report
+from raylway.data.assessment import Counted
 from raylway.data.decide import Places
 from raylway.data.describe import SIDE
 from raylway.data.division import Division, Exceptions
 from raylway.data.generations import Start
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Counted, Outcome
+from raylway.data.outcome import Outcome
 from raylway.data.passes import PieceTask
 from raylway.data.reading import Found
 from raylway.data.roles import Names, check_names

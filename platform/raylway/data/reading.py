@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from raylway.data import csv_read, engine, items, outcome, passes, pieces
+from raylway.data import assessment, csv_read, engine, items, passes, pieces
 from raylway.data.clean import Rules
 from raylway.data.columns import Seen
 from raylway.data.csv_text import Scan
@@ -62,25 +62,21 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         UserError: A file is damaged, a column fits no type, or there is no row.
     """
     todo = _items(cut(source), past)
-    order = outcome.ordering_of(loaded, source)
-    rules, first = _expected_rules(loaded, source, names)
-    numbers = {name: kind for name, kind in rules.types.items() if kind in ("int64", "float64")} if rules else {}
-    direct = {name: kind for name, kind in numbers.items() if first[name].numbers}
-    worded = [name for name in direct if first[name].words]
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, direct=direct, worded=worded)
+    order = assessment.ordering_of(loaded, source)
+    rules = _expected_rules(loaded, source, names)
+    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
     while True:
         read = _pass(
             todo, reading, functools.partial(passes.read, rules=rules, order=order, must_fit=False), kept, stage
         )
         if not sum(facts.read for item in read for facts in item.facts):
             raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-        seen = outcome.merged([facts.seen for item in read for facts in item.facts])
-        types = outcome.types_of(loaded, names, seen, source.places)
-        decided = outcome.rules_of(loaded, names, types)
+        seen = assessment.merged([facts.seen for item in read for facts in item.facts])
+        types = assessment.types_of(loaded, names, seen, source.places)
+        decided = assessment.rules_of(loaded, names, types)
         if again := lost(seen, types.of):
             # a late word made text of a column whose earlier pieces kept numbers only: their text is read again
-            direct = {name: kind for name, kind in direct.items() if name not in again}
-            reading, rules = msgspec.structs.replace(reading, as_text=again, direct=direct), decided
+            reading, rules = msgspec.structs.replace(reading, as_text=again), decided
             continue
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
@@ -89,15 +85,14 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         return Found(read, decided, types, seen, passes.assessment_of(decided, order))
 
 
-def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> tuple[Rules | None, dict[str, Seen]]:
-    """The rules under the types that the source's first bytes suggest, None where they suggest none; and what they
-    hold."""
+def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
+    """The rules under the types that the source's first bytes suggest; None where they suggest none."""
     piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
     try:
-        types = outcome.types_of(loaded, names, piece.facts.seen, source.places)
-        return outcome.rules_of(loaded, names, types), piece.facts.seen
+        types = assessment.types_of(loaded, names, piece.facts.seen, source.places)
+        return assessment.rules_of(loaded, names, types)
     except UserError:  # the whole data may be right where its beginning is not
-        return None, piece.facts.seen
+        return None
 
 
 def _pass(

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import pyarrow.fs as pa_fs
 
-from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden
+from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, unknown_format
 from raylway.errors import UserError
 
 SCHEMES = ("s3",)
@@ -41,13 +41,7 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
         raise unreadable(text, where, error) from None
     files = {info.path: info for info in found if info.is_file}
     if len(files) == 1 and path in files and not declared and format_of(path) is None:
-        raise UserError(
-            "the file is of no known format",
-            where=where,
-            expected=ENDINGS,
-            found=text,
-            fix="name its format with data.read.format",
-        )
+        raise unknown_format(text, where)
     base = path if path not in files else ""
     names = [name for name in files if not (base and is_hidden(name.removeprefix(base).lstrip("/")))]
     wanted = chosen(names, declared)

@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import clean, describe, division, items, outcome, report, warnings
+from raylway.data import assessment, clean, describe, division, items, outcome, report, warnings
+from raylway.data.assessment import Found
 from raylway.data.clean import Rules
 from raylway.data.decide import lost, refuse_infinite
 from raylway.data.division import Division
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
-from raylway.data.outcome import Found, Outcome, Preview
+from raylway.data.outcome import Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
 from raylway.features import derive
@@ -64,14 +65,14 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     pieces, share = _heads(source, names.numeric, max_bytes)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-    seen = outcome.merged([piece.facts.seen for piece in pieces])
-    types = outcome.types_of(loaded, names, seen, source.places)
+    seen = assessment.merged([piece.facts.seen for piece in pieces])
+    types = assessment.types_of(loaded, names, seen, source.places)
     refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
-    rules = outcome.rules_of(loaded, names, types)
+    rules = assessment.rules_of(loaded, names, types)
     if again := lost(seen, types.of):
         pieces, share = _heads(source, names.numeric, max_bytes, again)
-    order = outcome.ordering_of(loaded, source)
-    both = [outcome.found_of(piece, rules, order) for piece in pieces]
+    order = assessment.ordering_of(loaded, source)
+    both = [assessment.found_of(piece, rules, order) for piece in pieces]
     assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
@@ -107,9 +108,9 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
 
 def _count(
     found: list[Found], tables: list[pa.Table], divided: Division, codes: list[list[int]]
-) -> list[outcome.Counted]:
+) -> list[assessment.Counted]:
     return [
-        outcome.counted(table, each, own, divided, divided.exceptions)
+        assessment.counted(table, each, own, divided, divided.exceptions)
         for table, each, own in zip(tables, found, codes, strict=True)
     ]
 
