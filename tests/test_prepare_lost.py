@@ -38,14 +38,14 @@ def test_threads_and_ray_give_the_same_bytes(tmp_path, monkeypatch, ray_session)
     found = []
     for name, few in (("threads", 10_000), ("ray", 0)):
         monkeypatch.setattr(engine, "FEW", few)
-        found.append(contents(prepared(place(tmp_path, name, DATA)).folder))
+        found.append(contents(prepared(place(tmp_path, name), DATA).folder))
     assert len(found[0]) > 20 and found[0] == found[1]
 
 
 def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
     monkeypatch.setattr(engine, "FEW", 0)
-    expected = contents(prepared(place(tmp_path, "whole", DATA)).folder)
+    expected = contents(prepared(place(tmp_path, "whole"), DATA).folder)
     marks = tmp_path / "marks"
     marks.mkdir()
     real_read, real_write = passes.read, passes.write
@@ -68,7 +68,7 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeyp
 
     monkeypatch.setattr(passes, "read", read)
     monkeypatch.setattr(passes, "write", write)
-    found = contents(prepared(place(tmp_path, "broken", DATA)).folder)
+    found = contents(prepared(place(tmp_path, "broken"), DATA).folder)
     killed = {path.name: int(path.read_text()) for path in marks.iterdir()}
     assert killed.keys() == {"read", "write"} and os.getpid() not in killed.values()
     assert found == expected
@@ -94,7 +94,7 @@ SCRIPT = """
 def test_after_a_kill_nothing_that_was_finished_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
     monkeypatch.setattr(engine, "FEW", 10_000)
-    expected = contents(prepared(place(tmp_path, "whole", DATA)).folder)
+    expected = contents(prepared(place(tmp_path, "whole"), DATA).folder)
     folder = place(tmp_path, "killed")
     (folder / "job.yaml").write_text(json.dumps({"name": "made", "data": DATA}))
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)])
