@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from raylway.data import assessment, columns, items, opening, roles, sources
 from raylway.errors import UserError
+from raylway.features.texts import MISSING_WORDS
 from raylway.job.load import load_job
 
 
@@ -71,7 +72,7 @@ def refusal(folder: Path, **data: Any) -> str:
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r"), max_size=8).filter(
-    lambda text: text.strip() == text and text not in columns.MISSING_WORDS
+    lambda text: text.strip() == text and text not in MISSING_WORDS
 )
 WORDS = TEXTS.map(lambda text: f"t{text}")
 

@@ -19,6 +19,7 @@ from raylway.data.csv_read import Parsed, Reject
 from raylway.data.csv_text import Heading, Scan
 from raylway.data.location import Location
 from raylway.features.prepared import LINE_BITS
+from raylway.features.texts import Decimal
 
 ROW_ID = ""
 """Column of a piece's table that holds the row ids (uint64); no source column can have this name."""
@@ -100,6 +101,8 @@ class Reading(msgspec.Struct, frozen=True):
     """About so much text makes a piece (`csv_read.RANGE_BYTES`)."""
     as_text: list[str] = []
     """Columns that are known to be text."""
+    decimal: Decimal = "."
+    """The decimal sign of CSV files, and of folders' names."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -218,14 +221,16 @@ def _piece(item: Item, number: int, found: list[pa.Table], rejects: list[Reject]
         cells = table[name].combine_chunks()
         as_text, numeric = name in reading.as_text, name in reading.numeric
         if any(name in part.location.partitions for part in item.parts):
-            stored[name], seen[name] = columns.examine(cells.cast(pa.string()), row_ids, as_text)
+            stored[name], seen[name] = columns.examine(
+                cells.cast(pa.string()), row_ids, as_text, decimal=reading.decimal
+            )
         elif first.location.format == "jsonl":
             stored[name], seen[name] = lines_read.split_cells(cells.cast(pa.string()), row_ids, as_text, numeric)
         elif first.location.format != "csv":
             where = first.location.name
             stored[name], seen[name] = arrow_read.stored(table[name], name, row_ids, numeric, where)
         else:
-            stored[name], seen[name] = columns.examine(cells, row_ids, as_text)
+            stored[name], seen[name] = columns.examine(cells, row_ids, as_text, decimal=reading.decimal)
     stored[ROW_ID] = table[ROW_ID].combine_chunks()
     return Piece(
         pa.table(stored), Facts(item.index, number, table.num_rows, seen, rejects, table.num_rows + len(rejects))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylway.data import describe, sides
-from raylway.data.assessment import Counted, Found, ordering_of, text_target
+from raylway.data.assessment import Counted, Found, comma_hint, ordering_of, unfit_target
 from raylway.data.clean import Assessed, Rules, distinct
 from raylway.data.columns import Seen
 from raylway.data.describe import Described
@@ -227,7 +227,8 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
             where=source.places.of(first.row_id),
             expected=f"invalid rows: {limit}",
             found=f"{invalid} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
-            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid",
+            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid"
+            + comma_hint(first.cell),
         )
     return invalid
 
@@ -259,8 +260,9 @@ def _target(
     whole = all(piece.whole for piece in pieces)
     task, why = infer_task(loaded.job.task, types[names.target], whole, len(known) if named else FEW_CLASSES + 1, rows)
     if task == "regression":
-        if types[names.target] == "string":
-            raise text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
+        if types[names.target] in ("string", "bool"):
+            what = "text" if types[names.target] == "string" else "true or false"
+            raise unfit_target(loaded, names.target, what, ", ".join(sorted(known)[:3]) or what)
         return task, why, []
     classes = sorted_names(known)
     if len(classes) < 2 and whole_data:

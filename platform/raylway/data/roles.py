@@ -10,6 +10,7 @@ from typing import Literal
 from raylway.errors import UserError
 from raylway.features.derive import Derivation, derivation
 from raylway.features.signature import Input, Signature, Task
+from raylway.features.texts import Values
 from raylway.job.load import LoadedJob
 
 FEW_CLASSES = 20
@@ -198,7 +199,8 @@ def signature(
             is_number = name in roles.numeric or (types[name] in ("int64", "float64") and name not in roles.categorical)
             is_number |= name in computed and types[name] in ("int64", "float64")
             kind: Literal["number", "category", "date"] = "number" if is_number else "category"
-            inputs.append(Input(name, "date" if name in roles.date else kind, required))
+            values: Values = {"string": "text", "bool": "boolean"}.get(types[name], "number")  # type: ignore[assignment]
+            inputs.append(Input(name, "date" if name in roles.date else kind, required, values))
     return Signature(task, names.target, inputs, classes)
 
 

@@ -29,7 +29,7 @@ _LEAST_ROWS = 50
 """Of a sample: fewer prove nothing."""
 _CHANCE = 0.01
 """How often the test of train against test may be wrong by chance, over all columns (Bonferroni)."""
-_ID_NAME = re.compile(r"(?:^|[_. -])(?:id|uuid|guid|key|index|rowid|rownum)$|[a-z]I[dD]$|^unnamed", re.IGNORECASE)
+_ID_NAME = re.compile(r"(?i:(?:^|[_. -])(?:id|uuid|guid|key|index|rowid|rownum)$|^unnamed)|[a-z]I[dD]$")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def find(subject: Subject, sample: pa.Table | None) -> list[str]:
         subject: The data and its roles.
         sample: Typed source and derived columns of some kept rows with `SIDE`; None if there is none.
     """
-    found = [*_identifiers(subject), *_constant(subject), *_mostly_missing(subject), *_small_classes(subject)]
+    found = [*_decimal_commas(subject), *_identifiers(subject), *_constant(subject), *_mostly_missing(subject)]
+    found += _small_classes(subject)
     if sample is not None and sample.num_rows:
         found += [*_give_aways(subject, sample), *_different_sides(subject, sample), *_time_order(subject, sample)]
     return found
@@ -88,6 +89,17 @@ def looks_like_identifier(name: str, column: Column) -> str:
     if low is not None and high is not None and high - low < 2 * present:
         return "its whole numbers are different in every row and follow one another like a counter"
     return ""
+
+
+def _decimal_commas(subject: Subject) -> Iterator[str]:
+    for name, column in subject.columns.items():
+        if column.has_decimal_commas and name not in subject.dropped:
+            example = next((text for text in [*column.examples, *column.frequent] if "," in text), "1,5")
+            yield (
+                f"column {name!r} is read as text although its cells are numbers with a comma, such as {example!r}. If "
+                'it is the decimal sign of your CSV files, write data.read.decimal: ","; take commas between thousands '
+                "out of the file"
+            )
 
 
 def _identifiers(subject: Subject) -> Iterator[str]:

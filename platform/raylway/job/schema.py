@@ -61,6 +61,8 @@ class Read(Section):
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
+    decimal: Literal[".", ","] = "."
+    """The decimal sign of numbers in CSV files."""
 
 
 class ColumnTransform(Section):
