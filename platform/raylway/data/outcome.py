@@ -206,6 +206,7 @@ def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subjec
         dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
         ("class" if found.classes else "chance") if by == "auto" else by,
         names.drop,
+        found.roles.date,
     )
 
 
