@@ -18,7 +18,7 @@ _MANY = 64
 
 _EARLY = 50
 """So many different texts of a piece are looked at before its dates are."""
-_LIKE_DATE = r"^ *[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_LIKE_DATE = r"^[ \t]*[0-9]{4}-[0-9]{2}-[0-9]{2}"
 
 
 class Cell(msgspec.Struct, frozen=True):

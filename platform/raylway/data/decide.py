@@ -127,7 +127,9 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
     if column.is_truth:
         return "bool", [_with_words(name, column, "true and false")] * bool(column.words)
     if not column.numbers:
-        return "string", []
+        strange = column.present - column.words - column.truths
+        text = f"column {name!r} is text: {strange:,} of {column.present:,} cells are neither true nor false"
+        return "string", [text] * (column.truths > strange)
     if column.bad > clean.max_invalid * column.present:
         if column.numbers < column.bad:
             return "string", []

@@ -32,7 +32,7 @@ _FREQUENT = 256
 """So many of a column's texts are counted by name."""
 _LONGEST = 80
 """Characters of a text that are kept as an example or by name."""
-_DATE = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([ T]|$)"
+_DATE = r"^[ \t]*[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([ \tTt]|$)"
 _NARROW = 1 << 16
 """Whole numbers within so narrow a range are marked in a table instead of hashed one by one."""
 _LOOK = 200

@@ -116,7 +116,7 @@ def conclude(
     empty = empty_columns(seen)
     described = describe.merged(each.assessed.described for each in found)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, account.kept, empty, _dates(described), where)
+    roles = choose_features(names, types, different, account.kept, empty, rules.dates, where)
     plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
@@ -163,14 +163,10 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     empty = empty_columns(seen)
     described = describe.merged(each.assessed.described for each in found)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, rows, empty, _dates(described), where)
+    roles = choose_features(names, types, different, rows, empty, rules.dates, where)
     fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     return Preview(task, classes, roles, different, rows, sentences, described)
-
-
-def _dates(described: Described) -> list[str]:
-    return [name for name, column in described.columns.items() if column.is_date]
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:

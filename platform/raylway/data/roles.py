@@ -126,7 +126,7 @@ def choose_features(
         texts: Number of different values of each column of text.
         rows: Kept rows.
         empty: Columns without a present cell.
-        dates: Columns of text of which every present cell is a date.
+        dates: Columns of text whose cells are dates.
         where: For messages.
 
     Raises:

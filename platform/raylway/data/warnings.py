@@ -241,7 +241,7 @@ def _tells_number(cells: np.ndarray, is_number: bool, aim: np.ndarray) -> str:
     sums, sizes = (np.bincount(cells[::2], weights, cells.max() + 1) for weights in (aim[::2], None))
     known = sizes[cells[1::2]] > 0
     others, values = aim[1::2][known], cells[1::2][known]
-    if not len(others) or not others.var():
+    if len(others) < 20 or not others.var():
         return ""
     explained = 1 - float(((others - sums[values] / sizes[values]) ** 2).mean() / others.var())
     if explained > _CORRELATED**2:
