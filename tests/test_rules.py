@@ -220,6 +220,72 @@ def test_a_decimal_comma_reaches_every_reader_of_csv_files(tmp_path: Path) -> No
     assert any("is no finite number" in reason for _, _, reason in rejects)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_the_job_calls_missing_is_missing_for_every_reader(tmp_path: Path, kind: str) -> None:
+    """As if the cells were empty: numbers, texts, dates, and the target, of which such rows are left out."""
+    words: dict[str, list[Any]] = {
+        "whole": every([1, -999, -3, 40, 5]),
+        "real": every([0.5, -999.0, 2.5]),
+        "store": every([1, 2, -999]),
+        "zip": every(["01234", "-0999", "?", "99999"]),
+        "day": every(["2013-01-01", "?", "2014-06-15", "2014-06-16"]),
+        "country": every(["DE", "NA", "-999", "FR", "?", "AT"]),
+        "y": every([*"abaababbaabab", "?"]),
+    }
+    empty = {
+        name: [None if cell in ("?", "NA", -999, "-999") else cell for cell in cells] for name, cells in words.items()
+    }
+    common = DATA | {"features": {"categorical": ["store"]}}
+    plain = prepared(tmp_path, {"source": write(tmp_path, kind, empty), **common})
+    data = common | {"source": write(tmp_path, kind, words), "read": {"missing": ["?", "NA", -999]}}
+    found = prepared(tmp_path, data)
+    assert found.manifest.account == plain.manifest.account and found.manifest.account.missing == words["y"].count("?")
+    assert found.manifest.transform == plain.manifest.transform
+    for mine, other in zip(shards(found), shards(plain), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    kept = {
+        name: [cell for cell, y in zip(cells, words["y"], strict=True) if y != "?"] for name, cells in words.items()
+    }
+    for other_kind in FORMATS:
+        path = tmp_path / write(tmp_path, other_kind, kept)
+        encoded, rejects = answered(found, job(tmp_path, data), path)
+        assert rejects == []
+        np.testing.assert_array_equal(encoded.numeric, shards(plain)[0])
+        np.testing.assert_array_equal(encoded.categorical, shards(plain)[1])
+    signature = found.manifest.signature
+    rows = [{name: cell for name, cell in row.items() if name != "y"} for row in table(kept).to_pylist()]
+    for form in ({"rows": rows}, {"data": [[row[each.name] for each in signature.inputs] for row in rows]}):
+        served = found.manifest.transform.encode(
+            RowReader(signature).read(json.dumps(form).encode())[1].table(signature)
+        )
+        np.testing.assert_array_equal(served.numeric, shards(plain)[0])
+        np.testing.assert_array_equal(served.categorical, shards(plain)[1])
+    strict = prepared(tmp_path, data | {"clean": {"missing": "drop", "duplicates": "keep"}}).manifest.signature
+    good = {"whole": 1, "real": 0.5, "store": 1, "zip": "1", "day": "2013-01-01", "country": "DE"}
+    for wrong in (
+        {"whole": -999},
+        {"real": -999.0},
+        {"store": "-999.0"},
+        {"zip": "?"},
+        {"day": "?"},
+        {"country": "NA"},
+    ):
+        with pytest.raises(InvalidRows) as caught:
+            RowReader(strict).read(json.dumps({"rows": [good | wrong]}).encode())
+        assert [(each.feature, "empty cell" in each.reason) for each in caught.value.problems] == [(*wrong, True)]
+
+
+def test_a_word_among_numbers_of_a_csv_file_can_be_called_missing(tmp_path: Path) -> None:
+    cells = [["7", "?", "8", " ?", "-999", "-999.0", "-9.99e2"][row % 7] for row in range(70)]
+    (tmp_path / "rows.csv").write_text("x,y\n" + "".join(f"{cell},{'ab'[row % 2]}\n" for row, cell in enumerate(cells)))
+    data = {"source": "rows.csv", "target": "y", "clean": {"missing": "impute"}, "read": {"missing": ["?", -999]}}
+    (column, _) = sources.sample(job(tmp_path, data)).columns
+    expected = pd.read_csv(tmp_path / "rows.csv", na_values=["?", " ?", -999])["x"]
+    assert (column.type, column.missing, column.minimum) == ("int64", expected.isna().sum(), expected.min())
+    (column, _) = sources.sample(job(tmp_path, data | {"read": {}})).columns
+    assert column.type == "string" and column.missing == 0
+
+
 def test_what_a_decimal_comma_without_the_key_gets(tmp_path: Path) -> None:
     cells = {"x": [f"{row},5" for row in range(20)], "y": ["a", "b"] * 10}
     write(tmp_path, "csv", cells)

@@ -32,7 +32,7 @@ import pyarrow as pa
 from raylway.features import dates
 from raylway.features.schema import canonical_text
 from raylway.features.signature import Input, Signature
-from raylway.features.texts import category_names, missing_words
+from raylway.features.texts import MissingCells, category_names, missing_words
 
 Form = Literal["rows", "data"]
 MOST_PROBLEMS = 20
@@ -119,6 +119,8 @@ class RowReader:
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
         self._categories = [index for index, kind in enumerate(kinds) if kind != "number"]
         self._texts = [signature.inputs[index] for index in self._categories]
+        self._required = [signature.inputs[index].required for index in self._numbers]
+        self._missing = MissingCells(signature.missing)
 
     def read(self, body: bytes) -> tuple[Form, Rows]:
         """Check a body of either form, `{"rows": [{"feature": value}]}` or `{"data": [[value]]}`.
@@ -143,6 +145,8 @@ class RowReader:
         rows = self._columns(decoded.rows if form == "rows" else decoded.data)
         if any(map(_holds_misfits, self._texts, rows.categories)):
             self._explain(body, "")
+        if self._missing and np.isnan(rows.numbers[:, self._required]).any():
+            self._explain(body, "")
         return form, rows
 
     def _columns(self, decoded: list[Any]) -> Rows:
@@ -152,7 +156,16 @@ class RowReader:
         numbers = tuples if not self._categories else [[row[index] for index in self._numbers] for row in tuples]
         matrix = np.array(numbers, np.float64).reshape(len(tuples), len(self._numbers))
         columns = [list(map(itemgetter(index), tuples)) for index in self._categories]
+        if self._missing:
+            matrix[self._missing.in_numbers(matrix)] = np.nan
+            columns = [[None if self._is_missing(value) else value for value in column] for column in columns]
         return Rows(matrix, list(map(_as_names, self._texts, columns)))
+
+    def _is_missing(self, value: Any) -> bool:
+        """Whether a JSON scalar is one of the signature's missing cells."""
+        if type(value) is str:
+            return bool(self._missing.in_texts(pa.array([value]))[0])
+        return type(value) in (int, float) and bool(self._missing.in_texts(pa.array([repr(value)]))[0])
 
     def _explain(self, body: bytes, found: str) -> NoReturn:
         """Raise what is wrong with a body that its types refused.
@@ -199,7 +212,7 @@ class RowReader:
             yield Problem(index, name[:_LONGEST], f"is no feature of this model{hint}")
         for name, each in self._inputs.items():
             if name in row:
-                yield from _problems_of_value(index, each, row[name])
+                yield from self._problems_of_value(index, each, row[name])
             elif each.required:
                 yield Problem(index, name, f"is missing; expected {_expected(each)}")
 
@@ -211,7 +224,23 @@ class RowReader:
             )
             return
         for each, value in zip(self._inputs.values(), row, strict=True):
-            yield from _problems_of_value(index, each, value)
+            yield from self._problems_of_value(index, each, value)
+
+    def _problems_of_value(self, index: int, each: Input, value: Any) -> Iterable[Problem]:
+        kind = type(value)
+        is_word = kind is str and each.type != "number" and _as_names(each, [value]) == [None]
+        if value is None or is_word or (self._missing and kind in _kinds(each) and self._is_missing(value)):
+            if each.required:
+                found = "null" if value is None else f"{_shown(str(value))}, which is an empty cell here"
+                yield Problem(index, each.name, f"is {found}; expected {_expected(each)}")
+        elif _misfits(each, value):
+            yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
+        elif (kind is float and not math.isfinite(value)) or (
+            kind is str and each.type == "category" and _holds_infinity(each, _as_names(each, [value]))
+        ):
+            yield Problem(index, each.name, "is not a finite number")
+        elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
+            yield Problem(index, each.name, "is too large")
 
 
 def _is_escaped(name: str) -> bool:
@@ -280,20 +309,9 @@ def _text(value: Any) -> str | None:
     return canonical_text(pa.array([value]))[0].as_py()
 
 
-def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]:
-    kind = type(value)
-    if value is None or (kind is str and each.type != "number" and _as_names(each, [value]) == [None]):
-        if each.required:
-            found = "null" if value is None else f"{_shown(value)}, which is an empty cell here"
-            yield Problem(index, each.name, f"is {found}; expected {_expected(each)}")
-    elif _misfits(each, value):
-        yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
-    elif (kind is float and not math.isfinite(value)) or (
-        kind is str and each.type == "category" and _holds_infinity(each, _as_names(each, [value]))
-    ):
-        yield Problem(index, each.name, "is not a finite number")
-    elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
-        yield Problem(index, each.name, "is too large")
+def _kinds(each: Input) -> tuple[type, ...]:
+    """Of the JSON scalars that an input takes, booleans apart."""
+    return {"number": (int, float), "category": (int, float, str), "date": (str,)}[each.type]
 
 
 def _misfits(each: Input, value: Any) -> bool:

@@ -34,10 +34,13 @@ class How(msgspec.Struct, frozen=True):
     decimal: Decimal = "."
     """Of numbers in CSV files."""
     infinite_is_missing: bool = False
+    missing: list[str] = []
+    """Further texts and numbers that are missing cells."""
 
     @classmethod
     def of(cls, job: Job) -> How:
-        return cls(job.data.read.decimal, job.data.clean.infinite == "missing")
+        read = job.data.read
+        return cls(read.decimal, job.data.clean.infinite == "missing", read.missing_words)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def _parts(
     names = [each.name for each in signature.inputs]
     location = item.parts[0].location
     how = how if location.format == "csv" else msgspec.structs.replace(how, decimal=".")
-    for piece in items.read(item, Reading(names, [], csv_read.RANGE_BYTES, as_text=names, decimal=how.decimal)):
+    reading = Reading(names, [], csv_read.RANGE_BYTES, names, how.decimal, how.missing)
+    for piece in items.read(item, reading):
         inputs, reasons = _inputs(piece.table, signature, how, location.name)
         yield (piece.table[ROW_ID].to_numpy(), inputs), reasons, piece.facts.rejects
 

@@ -125,7 +125,7 @@ def conclude(
         classes,
         roles,
         plan,
-        signature(names, roles, types, task, classes, required=rules.drop_missing),
+        signature(names, roles, types, task, classes, rules.drop_missing, loaded.job.data.read.missing_words),
         account,
         by_class,
         divided,

@@ -64,7 +64,8 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
     todo = _items(cut(source), past)
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, decimal=loaded.job.data.read.decimal)
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, [], how.decimal, how.missing_words)
     while True:
         read = _pass(
             todo, reading, functools.partial(passes.read, rules=rules, order=order, must_fit=False), kept, stage
@@ -87,8 +88,8 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
 
 def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
     """The rules under the types that the source's first bytes suggest; None where they suggest none."""
-    decimal = loaded.job.data.read.decimal
-    reading = Reading(source.columns, names.numeric, _EXPECT_BYTES, decimal=decimal)
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, _EXPECT_BYTES, [], how.decimal, how.missing_words)
     piece, _ = items.read_head(source.parts[0], reading)
     try:
         types = assessment.types_of(loaded, names, piece.facts.seen, source.places)

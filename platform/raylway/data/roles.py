@@ -179,7 +179,13 @@ def choose_features(
 
 
 def signature(
-    names: Names, roles: Roles, types: dict[str, str], task: Task, classes: list[str], required: bool
+    names: Names,
+    roles: Roles,
+    types: dict[str, str],
+    task: Task,
+    classes: list[str],
+    required: bool,
+    missing: list[str],
 ) -> Signature:
     """What a row must hold to be answered: the source columns behind the features.
 
@@ -190,6 +196,7 @@ def signature(
         task: What the model does.
         classes: Class names in order.
         required: Whether a row must hold all of them; a job that imputes fills whatever is missing.
+        missing: Further texts and numbers that are missing cells.
     """
     computed = frozenset().union(*(names.reads(name) for name in roles.derive))
     direct = {*roles.numeric, *roles.categorical, *roles.date}
@@ -201,7 +208,7 @@ def signature(
             kind: Literal["number", "category", "date"] = "number" if is_number else "category"
             values: Values = {"string": "text", "bool": "boolean"}.get(types[name], "number")  # type: ignore[assignment]
             inputs.append(Input(name, "date" if name in roles.date else kind, required, values))
-    return Signature(task, names.target, inputs, classes)
+    return Signature(task, names.target, inputs, classes, missing)
 
 
 def infer_task(asked: str, kind: str, whole: bool, values: int, rows: int) -> tuple[Task, str]:

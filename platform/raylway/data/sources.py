@@ -62,7 +62,8 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     """
     source = open_source(loaded, head=True)
     names = check_names(loaded, source.columns)
-    reading = Reading(source.columns, names.numeric, max_bytes, decimal=loaded.job.data.read.decimal)
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, max_bytes, [], how.decimal, how.missing_words)
     pieces, share = _heads(source, reading)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))

@@ -32,3 +32,5 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Raw columns, in the order of the source; what derived features are computed from is among them."""
     classes: list[str]
     """Class names in the order of the model's outputs; empty for regression."""
+    missing: list[str] = []
+    """Further texts and numbers that are missing cells (`texts.MissingCells`)."""

@@ -5,6 +5,7 @@ The one reading for files, whichever step reads them, and for requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +91,35 @@ def numbers(texts: pa.Array, decimal: Decimal = ".") -> Numbers:
 def missing_words(texts: pa.Array) -> np.ndarray:
     """Which of N texts, none missing, say that there is nothing: bool [N]. Blanks alone do."""
     return pc.is_in(pc.utf8_trim(texts, _BLANKS), _NOTHING).to_numpy(zero_copy_only=False)
+
+
+class MissingCells:
+    """Further cells that are missing (`data.read.missing`): these texts, and these numbers however they are written.
+
+    Args:
+        words: Texts; those that are numbers, with a point, count as numbers too.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = pa.array(words, pa.string())
+        read = numbers(self.words)
+        self._whole, self._real = read.integers[read.is_integer], read.floats[read.is_number]
+
+    def __bool__(self) -> bool:
+        return len(self.words) > 0
+
+    def in_texts(self, texts: pa.Array, decimal: Decimal = ".") -> np.ndarray:
+        """Which of N texts, none missing, are such cells: bool [N]. `007` is no number here."""
+        found = pc.is_in(pc.utf8_trim(texts, _BLANKS), self.words).to_numpy(zero_copy_only=False)
+        if not len(self._real) or not len(texts):
+            return found
+        read = numbers(texts, decimal)
+        same = np.where(read.is_integer, np.isin(read.integers, self._whole), np.isin(read.floats, self._real))
+        return found | (same & read.is_number & ~read.has_leading_zero)
+
+    def in_numbers(self, values: np.ndarray) -> np.ndarray:
+        """Which of N whole or real numbers are such cells: bool [N]."""
+        return np.isin(values, self._whole if values.dtype.kind in "iu" else self._real)
 
 
 def truths(texts: pa.Array) -> np.ndarray:
