@@ -152,7 +152,7 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     hashes = np.stack([ids * np.uint64(0x9E3779B97F4A7C15), ids], axis=1)
 
     def broken(contents: Contents) -> LeakTest:
-        return leak_test(prepared.folder, manifest.shards, len(ids), [contents])
+        return leak_test(prepared.folder, manifest.shards, len(ids), [lambda: contents])
 
     assert broken(Contents(ids, hashes)).passed
     equal = hashes.copy()
@@ -173,7 +173,9 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     assert broken(Contents(more, np.append(hashes, hashes[-1:] + np.uint64(1), axis=0))).unplaced == 1
     (first,) = prepared.shards("test")
     twice = [*manifest.shards, msgspec.structs.replace(first, split="train")]
-    assert leak_test(prepared.folder, twice, len(ids), [Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+    assert (
+        leak_test(prepared.folder, twice, len(ids), [lambda: Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+    )
 
 
 def test_the_profile_is_of_the_columns_and_in_the_manifest(tmp_path: Path) -> None:

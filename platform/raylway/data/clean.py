@@ -149,12 +149,16 @@ def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -
     return pa.table({**arrays, ROW_ID: taken[ROW_ID]})
 
 
-def distinct(sketches: list[np.ndarray]) -> int:
-    """How many different values the parts of a column have together (k minimum values; Bar-Yossef and others 2002)."""
-    smallest = np.unique(np.concatenate(sketches))[:SKETCH] if sketches else np.zeros(0, np.uint64)
-    if len(smallest) < SKETCH:
-        return len(smallest)
-    return int((SKETCH - 1) * 2.0**64 / float(smallest[-1]))
+def smallest(sketches: list[np.ndarray]) -> np.ndarray:
+    """What the parts of a column have together: uint64, ascending, the smallest hashes (`SKETCH` of them at most)."""
+    return np.unique(np.concatenate(sketches))[:SKETCH]
+
+
+def distinct(sketch: np.ndarray) -> int:
+    """How many different values a column has (k minimum values; Bar-Yossef and others 2002)."""
+    if len(sketch) < SKETCH:
+        return len(sketch)
+    return int((SKETCH - 1) * 2.0**64 / float(sketch[-1]))
 
 
 def dates_of(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:

@@ -96,14 +96,14 @@ def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
 
 
 class _Sides:
-    """The side of a row as the shards have it; their row ids are mapped, not loaded."""
+    """The side of a row as the shards have it; of their row ids only the first and the last are held."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self._parts = []
         for shard in shards:
-            table = pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all()
-            if table.num_rows:
-                self._parts.append((SPLITS.index(shard.split) + 1, table["row_id"].combine_chunks().to_numpy()))
+            ids = _row_ids(folder / shard.file)
+            if len(ids):
+                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ids[0], ids[-1]))
 
     def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int]:
         """int8 [n], 0 where no shard has the row; and how many rows stand on more than one side."""
@@ -111,14 +111,20 @@ class _Sides:
         twice = np.zeros(len(row_ids), bool)
         if not len(row_ids):
             return side, 0
-        for number, ids in self._parts:
-            if ids[-1] < row_ids[0] or ids[0] > row_ids[-1]:
+        for number, path, first, last in self._parts:
+            if last < row_ids[0] or first > row_ids[-1]:
                 continue
+            ids = _row_ids(path)
             at = np.minimum(np.searchsorted(ids, row_ids), len(ids) - 1)
             here = ids[at] == row_ids
             twice |= here & (side != 0) & (side != number)
             side[here] = number
         return side, int(twice.sum())
+
+
+def _row_ids(path: Path) -> np.ndarray:
+    """uint64, ascending; mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
 
 
 def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:

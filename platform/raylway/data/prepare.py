@@ -7,10 +7,10 @@ decides, from small facts, hashes and counts only: about 30 bytes for each row o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -45,13 +45,15 @@ from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
 from raylway.features import derive, fit
-from raylway.features.fit import Question
+from raylway.features.fit import Part, Question
 from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
+
+Done = TypeVar("Done", Measured, Written)
 
 
 def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
@@ -168,9 +170,9 @@ def _decide(
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
-        return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
+        return list(engine.run(bound, tasks, Counted, reading.FEW_HERE))
 
-    every = outcome.Pieces([one for _, _, one in each], tables, count)
+    every = outcome.Pieces([one for _, _, one in each], found.columns, tables, count)
     past = start.past.generations
     decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
@@ -192,14 +194,13 @@ def _encode(
     samples: list[bytes] = []
     while isinstance(transform, Question):
         measure = functools.partial(passes.measure, **bound, question=transform, rate=rate)
-        measured = engine.run(measure, tasks, Measured, _rows(work.stage, rows, "rows measured"), work.few)
-        samples = samples or [each.sample for each in measured]
-        transform = fit.advance(use.plan, transform, (each.part for each in measured))
+        measured = _shown(work.stage, rows, "rows measured", engine.run(measure, tasks, Measured, work.few))
+        transform = fit.advance(use.plan, transform, (_part(each, samples) for each in measured))
     each = shards.rows_per_shard(transform)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
     to = To(str(work.folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
-    written = engine.run(write, tasks, Written, _rows(work.stage, rows, "rows written"), work.few)
+    written = _shown(work.stage, rows, "rows written", engine.run(write, tasks, Written, work.few))
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     return transform, every, describe.sampled(samples)
@@ -221,15 +222,19 @@ def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -
     return leaks.Contents(word["row"][rows], hashes, group, instant)
 
 
-def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
+def _shown(stage: Stage, total: int, unit: str, results: Iterator[Done]) -> Iterator[Done]:
     done = 0
-
-    def progress(result: Measured | Written) -> None:
-        nonlocal done
+    for result in results:
         done += result.rows
         stage.update(done, total, unit)
+        yield result
 
-    return progress
+
+def _part(measured: Measured, samples: list[bytes]) -> Part:
+    """What was measured; its sample goes to the others."""
+    if measured.sample:
+        samples.append(measured.sample)
+    return measured.part
 
 
 def _account(manifest: Manifest) -> str:
