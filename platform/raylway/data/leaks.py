@@ -8,13 +8,14 @@ whose hash falls below a bound are compared, a fixed part of all contents, and t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from raylway.data import engine
 from raylway.data.rowhash import mix
 from raylway.features.prepared import SPLITS, LeakTest, Shard
 
@@ -34,44 +35,64 @@ class Contents:
     instant: np.ndarray | None = None
 
 
-def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Iterable[Contents]) -> LeakTest:
+def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Sequence[Callable[[], Contents]]) -> LeakTest:
     """Look for anything that stands on two sides of the split.
 
     Args:
         folder: The prepared folder with its shards written.
         shards: All of them.
         rows: Kept rows.
-        parts: The kept rows of the source in ascending order of their ids.
+        parts: Each gives some kept rows of the source; together all of them.
     """
     sides = _Sides(folder, shards)
     bound = np.uint64(min(2**64 - 1, int(_MOST / max(1, rows) * 2.0**64))) if rows > _MOST else np.uint64(2**64 - 1)
-    hashes, held, groups = [], [], []
-    unplaced = ids_twice = compared = 0
+
+    def placed(part: Callable[[], Contents]) -> _Placed:
+        return _placed(part(), sides, bound)
+
+    each = list(engine.side_by_side(placed, parts))
+    groups = [part.groups for part in each if part.groups is not None]
     spans: dict[int, list[float]] = {}
-    for part in parts:
-        side, twice = sides.of(part.row_ids)
-        ids_twice += twice
-        unplaced += int((side == 0).sum())
-        chosen = mix(part.hashes[:, 0].copy()) <= bound
-        compared += int(chosen.sum())
-        hashes.append(part.hashes[chosen])
-        held.append(side[chosen])
-        if part.group is not None:
-            groups.append(np.unique(np.stack([part.group, side.astype(np.uint64)], axis=1), axis=0))
-        if part.instant is not None:
-            for number in np.unique(side):
-                mine = part.instant[side == number]
-                low, high = spans.get(int(number), [np.inf, -np.inf])
-                spans[int(number)] = [min(low, float(mine.min())), max(high, float(mine.max()))]
+    for part in each:
+        for number, (low, high) in part.spans.items():
+            known = spans.setdefault(number, [low, high])
+            spans[number] = [min(known[0], low), max(known[1], high)]
     return LeakTest(
         rows=rows,
-        compared=compared,
-        unplaced=unplaced,
-        row_ids_on_two_sides=ids_twice,
-        equal_rows_on_two_sides=_on_two_sides(hashes, held),
+        compared=sum(len(part.sides) for part in each),
+        unplaced=sum(part.unplaced for part in each),
+        row_ids_on_two_sides=sum(part.twice for part in each),
+        equal_rows_on_two_sides=_on_two_sides([part.hashes for part in each], [part.sides for part in each]),
         groups_on_two_sides=_groups_on_two_sides(groups) if groups else None,
         out_of_order=_out_of_order(spans) if spans else None,
     )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where some kept rows are: the hashes that are compared, with their sides, and what else is known of all."""
+
+    hashes: np.ndarray
+    sides: np.ndarray
+    unplaced: int
+    twice: int
+    groups: np.ndarray | None
+    """Different pairs of group and side."""
+    spans: dict[int, tuple[float, float]]
+    """First and last instant by side."""
+
+
+def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
+    side, twice = sides.of(part.row_ids)
+    chosen = mix(part.hashes[:, 0].copy()) <= bound
+    groups, spans = None, {}
+    if part.group is not None:
+        groups = np.unique(np.stack([part.group, side.astype(np.uint64)], axis=1), axis=0)
+    if part.instant is not None:
+        for number in np.unique(side):
+            mine = part.instant[side == number]
+            spans[int(number)] = float(mine.min()), float(mine.max())
+    return _Placed(part.hashes[chosen], side[chosen], int((side == 0).sum()), twice, groups, spans)
 
 
 class _Sides:

@@ -44,7 +44,9 @@ class Found:
     """Name of what became of the rows, beside each piece."""
 
 
-def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Path, stage: Stage) -> Found:
+def read(
+    loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Path, stage: Stage, few: int | None
+) -> Found:
     """Read and assess the source, whatever of it is not on disk already.
 
     Rows are assessed as they are read, under the types that the source's first bytes suggest; where the whole data
@@ -57,6 +59,7 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         past: Generations of files that were prepared before: what they hold is cut as it was then.
         kept: The folder of all pieces.
         stage: Where progress goes.
+        few: At most so many items are read by this process (`engine.run`).
 
     Raises:
         UserError: A file is damaged, a column fits no type, or there is no row.
@@ -65,10 +68,13 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
     reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
+
+    def over(todo: list[Item], function: Callable[..., ReadItem]) -> list[ReadItem]:
+        bound = functools.partial(function, reading=reading, order=order, folder=str(kept))
+        return engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, _megabytes(todo, stage), few)
+
     while True:
-        read = _pass(
-            todo, reading, functools.partial(passes.read, rules=rules, order=order, must_fit=False), kept, stage
-        )
+        read = over(todo, functools.partial(passes.read, rules=rules, must_fit=False))
         if not sum(facts.read for item in read for facts in item.facts):
             raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
         seen = assessment.merged([facts.seen for item in read for facts in item.facts])
@@ -80,8 +86,7 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
             continue
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
-            strictly = functools.partial(passes.read, rules=decided, order=order, must_fit=True)
-            read = _pass(todo, reading, strictly, kept, stage)
+            read = over(todo, functools.partial(passes.read, rules=decided, must_fit=True))
         return Found(read, decided, types, seen, passes.assessment_of(decided, order))
 
 
@@ -95,9 +100,7 @@ def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | 
         return None
 
 
-def _pass(
-    todo: list[Item], reading: Reading, read: Callable[..., ReadItem], kept: Path, stage: Stage
-) -> list[ReadItem]:
+def _megabytes(todo: list[Item], stage: Stage) -> Callable[[ReadItem], None]:
     total, done = sum(part.size for item in todo for part in item.parts) / 1e6, 0.0
 
     def progress(item: ReadItem) -> None:
@@ -105,8 +108,7 @@ def _pass(
         done += item.size / 1e6
         stage.update(min(done, total), total, "MB read")
 
-    bound = functools.partial(read, reading=reading, folder=str(kept))
-    return engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, progress)
+    return progress
 
 
 def _items(parts: list[Part], past: list[Generation]) -> list[Item]:
