@@ -41,7 +41,7 @@ for line in sys.stdin:
 cluster.shutdown()
 """
 
-_SOON_NOTICED = {"RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "3"}
+_SOON_NOTICED = {"RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "3", "RAY_health_check_timeout_ms": "1000"}
 """That a node is gone: after 1 instead of 15 seconds."""
 
 
@@ -51,14 +51,17 @@ class Nodes:
 
     address: str
     server: subprocess.Popen[str]
+    ids: list[str]
+    """Of the nodes that live, without the head."""
 
-    def add(self, cpus: int = 1) -> str:
-        """Start a node; returns its id."""
-        return self._ask("add", cpus)
+    def have(self, count: int) -> None:
+        """Start nodes of one CPU until so many live."""
+        while len(self.ids) < count:
+            self.ids.append(self._ask("add", 1))
 
     def kill(self, node: str) -> None:
         """SIGKILL a node's raylet and all that it started."""
-        self._ask("kill", node)
+        self.ids.remove(self._ask("kill", node))
 
     def environment(self) -> dict[str, str]:
         """Of a process that joins."""
@@ -90,7 +93,7 @@ def cluster() -> Iterator[Nodes]:
             stderr=(log := open(os.path.join(folder, "log"), "w")),  # noqa: SIM115, PTH123, PTH118
             text=True,
         )
-        nodes = Nodes("", server)
+        nodes = Nodes("", server, [])
         try:
             nodes.address = nodes.answer()
             yield nodes
