@@ -15,14 +15,14 @@ import pytest
 from typer.testing import CliRunner
 
 from raylway import cli
-from raylway.data import prepare, trace
+from raylway.data import leaks, prepare, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
-from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared
+from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared, Shard
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
+from raylway.runs.run import Run
 
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 TEXT = 'size,note,answer\n1.5,"two\nlines",yes\nx,a,no\n,b,no\n'
 
@@ -174,6 +174,54 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     (first,) = prepared.shards("test")
     twice = [*manifest.shards, msgspec.structs.replace(first, split="train")]
     assert leak_test(prepared.folder, twice, len(ids), [Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "words"),
+    [
+        ("copy", "1 row stands on two sides"),
+        ("rename", "1 row of a shard is no kept row"),
+        ("repeat", "1 row of a shard is no kept row"),
+        ("lose", "1 kept row is in no shard"),
+        ("equal", "1 content of rows is on two sides"),
+    ],
+)
+def test_a_preparation_that_leaks_is_told_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sabotage: str, words: str
+) -> None:
+    """The written shards are spoilt before the leak test reads them, as a mistake of ours would."""
+    real = leaks.leak_test
+
+    def spoilt(folder: Path, shards: list[Shard], kept: int, parts: Any) -> LeakTest:
+        by_side = {shard.split: folder / shard.file for shard in shards}
+        train, test = (pa.ipc.open_file(str(by_side[side])).read_all() for side in ("train", "test"))
+        if sabotage in ("copy", "repeat"):
+            train = pa.concat_tables([train, (test if sabotage == "copy" else train).slice(0, 1)])
+        elif sabotage == "rename":
+            foreign = pa.array([1 << LINE_BITS], pa.uint64())
+            train = pa.concat_tables([train, test.slice(0, 1).set_column(3, test.schema.field(3), foreign)])
+        elif sabotage == "lose":
+            train = train.slice(1)
+        else:  # a row of the source that equals a test row goes to training
+            parts = list(parts)
+            at = {int(row): place for place, row in enumerate(parts[0].row_ids)}
+            places = [at[table["row_id"][0].as_py()] for table in (train, test)]
+            parts[0].hashes[places[0]] = parts[0].hashes[places[1]]
+        with pa.ipc.new_file(str(by_side["train"]), train.schema) as writer:
+            writer.write_table(train)
+        return real(folder, shards, kept, parts)
+
+    monkeypatch.setattr(leaks, "leak_test", spoilt)
+    loaded = csv(tmp_path)
+    prepared = made(tmp_path, loaded)
+    assert prepared.manifest.leak_test is not None and not prepared.manifest.leak_test.passed
+    run = Run(tmp_path / "runs" / "made" / "0123456789ab")
+    run.create(loaded, prepared.manifest.fingerprint)
+    shown = CliRunner().invoke(cli.app, ["report", str(run.folder)])
+    assert shown.exit_code == 0, shown.output
+    page = run.report.read_text()
+    assert f"✗ Read back from the shards, of {prepared.manifest.account.kept} rows: {words}<" in page
+    assert "The leak test failed: what was measured on the test rows can" in page
 
 
 def test_the_profile_is_of_the_columns_and_in_the_manifest(tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Iterable[Cont
     sides = _Sides(folder, shards)
     bound = np.uint64(min(2**64 - 1, int(_MOST / max(1, rows) * 2.0**64))) if rows > _MOST else np.uint64(2**64 - 1)
     hashes, held, groups = [], [], []
-    unplaced = ids_twice = compared = 0
+    unplaced = ids_twice = compared = placed = 0
     spans: dict[int, list[float]] = {}
     for part in parts:
-        side, twice = sides.of(part.row_ids)
+        side, twice, found = sides.of(part.row_ids)
         ids_twice += twice
         unplaced += int((side == 0).sum())
+        placed += found
         chosen = mix(part.hashes[:, 0].copy()) <= bound
         compared += int(chosen.sum())
         hashes.append(part.hashes[chosen])
@@ -67,6 +68,7 @@ def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Iterable[Cont
         rows=rows,
         compared=compared,
         unplaced=unplaced,
+        foreign=sides.rows - placed,
         row_ids_on_two_sides=ids_twice,
         equal_rows_on_two_sides=_on_two_sides(hashes, held),
         groups_on_two_sides=_groups_on_two_sides(groups) if groups else None,
@@ -79,17 +81,23 @@ class _Sides:
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self._parts = []
+        self.rows = 0
         for shard in shards:
             table = pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all()
+            self.rows += table.num_rows
             if table.num_rows:
-                self._parts.append((SPLITS.index(shard.split) + 1, table["row_id"].combine_chunks().to_numpy()))
+                ids = table["row_id"].combine_chunks().to_numpy()
+                is_sorted = (ids[1:] > ids[:-1]).all()  # as they were written; the test does not rely on it
+                self._parts.append((SPLITS.index(shard.split) + 1, ids if is_sorted else np.sort(ids)))
 
-    def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """int8 [n], 0 where no shard has the row; and how many rows stand on more than one side."""
+    def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """int8 [n], 0 where no shard has the row; how many rows stand on more than one side; and how often the shards
+        hold one of them, each counted once a shard."""
         side = np.zeros(len(row_ids), np.int8)
         twice = np.zeros(len(row_ids), bool)
+        found = 0
         if not len(row_ids):
-            return side, 0
+            return side, 0, 0
         for number, ids in self._parts:
             if ids[-1] < row_ids[0] or ids[0] > row_ids[-1]:
                 continue
@@ -97,7 +105,8 @@ class _Sides:
             here = ids[at] == row_ids
             twice |= here & (side != 0) & (side != number)
             side[here] = number
-        return side, int(twice.sum())
+            found += int(here.sum())
+        return side, int(twice.sum()), found
 
 
 def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:

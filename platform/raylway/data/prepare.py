@@ -7,6 +7,7 @@ decides, from small facts, hashes and counts only: about 30 bytes for each row o
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,12 @@ def _prepare(
             decided.division.generations,
         ),
         warnings=warnings.find(outcome.subject(loaded, names, decided), sample),
-        profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
+        profile=profile(
+            sample.filter(pc.equal(sample[SIDE], TRAIN)),
+            decided.signature,
+            {each.column for each in transform.categorical},
+            _missing(found, decided),
+        ),
         leak_test=leaks.leak_test(
             folder, written, decided.account.kept, _contents(tasks, decided.division, kept, found.assessment)
         ),
@@ -186,6 +192,15 @@ def _encode(
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     return transform, every, describe.sampled(samples)
+
+
+def _missing(found: Found, decided: Outcome) -> dict[str, float]:
+    """By column, the share of its cells that are missing, among all rows that are not invalid."""
+    counts: Counter[str] = Counter()
+    for item in found.items:
+        for piece in item.found:
+            counts.update(piece.assessed.missing_by)
+    return {name: counts[name] / max(1, column.rows) for name, column in decided.described.columns.items()}
 
 
 def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:

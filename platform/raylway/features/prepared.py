@@ -72,10 +72,12 @@ class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For a split by group."""
     out_of_order: int | None = None
     """For a split by time: sides that begin before an earlier one ends."""
+    foreign: int = 0
+    """Rows of the shards that are no kept row, or one that stands in its shard already."""
 
     @property
     def passed(self) -> bool:
-        found = self.unplaced, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
+        found = self.unplaced, self.foreign, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
         return not any((*found, self.groups_on_two_sides, self.out_of_order))
 
 
