@@ -6,6 +6,7 @@ decides, from small facts, hashes and counts only: about 30 bytes for each row o
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,10 +34,10 @@ from raylway.data import (
 )
 from raylway.data import report as column_report
 from raylway.data.assessment import Counted
-from raylway.data.decide import Places
 from raylway.data.describe import SIDE
 from raylway.data.division import Division, Exceptions
 from raylway.data.generations import Start
+from raylway.data.items import Group
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome
 from raylway.data.passes import PieceTask
@@ -46,7 +47,17 @@ from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
 from raylway.features import derive, fit
 from raylway.features.fit import Question
-from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
+from raylway.features.prepared import (
+    DUPLICATES,
+    FORMAT,
+    LINE_BITS,
+    MANIFEST,
+    SPLITS,
+    Lineage,
+    Manifest,
+    Prepared,
+    Shard,
+)
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
@@ -131,7 +142,7 @@ def _prepare(
         reporter.note(f"  {sentence}")
     for sentence in manifest.warnings:
         reporter.note(f"  warning: {sentence}")
-    _write_quarantine(folder, kept, tasks, found.assessment, source.places)
+    _write_quarantine(folder, kept, tasks, found.assessment, source)
     _write_duplicates(folder, decided.division.exceptions)
     empty = outcome.empty_columns(found.seen)
     columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
@@ -238,14 +249,23 @@ def _account(manifest: Manifest) -> str:
     )
 
 
-def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, places: Places) -> None:
+def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, source: Source) -> None:
+    groups: dict[int, list[Group]] = {}
+    for part in source.parts:
+        if isinstance(part, Group):
+            groups.setdefault(part.file, []).append(part)
     (folder / "quarantine").mkdir()
     with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
         for task in tasks:
             for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
-                name, line = places.split(reject.row_id)
-                record = {"file": name, "line": line, "column": reject.column, "reason": reject.reason}
-                file.write(msgspec.json.encode(record | {"cell": reject.cell}) + b"\n")
+                name, line = source.places.split(reject.row_id)
+                record: dict[str, object] = {"row_id": reject.row_id, "file": name, "line": line}
+                if some := groups.get(reject.row_id >> LINE_BITS):
+                    group = some[bisect.bisect_right(some, line, key=lambda each: each.first_row) - 1]
+                    if line < group.first_row + group.rows:
+                        record |= {"row_group": group.group, "row": line - group.first_row}
+                record |= {"column": reject.column, "reason": reject.reason, "cell": reject.cell}
+                file.write(msgspec.json.encode(record) + b"\n")
 
 
 def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:

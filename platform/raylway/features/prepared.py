@@ -2,7 +2,7 @@
 
     manifest.json            written last; without it the folder does not exist
     <split>-<number>.arrow   Arrow IPC files, memory-mapped
-    quarantine/rows.jsonl    one invalid row a line: file, line, column, reason, cell
+    quarantine/rows.jsonl    one invalid row a line: row_id, file, line, row_group, row, column, reason, cell
     quarantine/duplicates.arrow   row_id of every row that is left out as a duplicate, and first_row_id that it repeats
     profile.json             columns as they were found and what was decided about them
 
