@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preparing import read
 
-from raylway.data import columns, sources
+from raylway.data import sources
 from raylway.errors import UserError
 from raylway.job.load import load_job
 

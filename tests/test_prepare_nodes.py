@@ -1,4 +1,4 @@
-"""Preparation on a cluster of several nodes that lose tasks, nodes and drivers: the bytes of one undisturbed process."""
+"""Preparation on a cluster of nodes that loses tasks, nodes and drivers: the bytes of one undisturbed process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from preparing import prepared
 from raylway.data import csv_read, engine, pieces
 from tests.test_prepare import contents, dirty, write_parts
 
-DATA: dict[str, Any] = {"source": "in", "target": "label", "clean": {"missing": "impute"}, "derive": {"sum": "whole + real"}}
+DATA: dict[str, Any] = {
+    "source": "in",
+    "target": "label",
+    "clean": {"missing": "impute"},
+    "derive": {"sum": "whole + real"},
+}
 RANGE_BYTES = 2_000
 
 DRIVER = f"""

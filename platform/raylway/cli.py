@@ -170,7 +170,7 @@ def drift(
     of_run = find_run(storage, run, with_bundle=True)
     found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
     print(_as_json(found) if json_ else as_text(found))
-    if found.is_past_limits:
+    if found.drifted:
         raise typer.Exit(1)
 
 
