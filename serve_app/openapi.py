@@ -42,7 +42,7 @@ def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
                     "schema": {"oneOf": [_ref("RowsRequest"), _ref("DataRequest")]},
                     "examples": {
                         "rows": {"value": {"rows": made[:1]}},
-                        "data": {"value": {"data": [list(made[0].values())]}},
+                        "data": {"value": {"data": [list(row.values()) for row in made[:1]]}},
                     },
                 }
             },

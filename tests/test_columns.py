@@ -129,6 +129,8 @@ def test_declared_numbers_are_numbers_whatever_they_look_like():
         (pa.array(["b", "b"]).dictionary_encode(), "string", ["b", "b"]),
         (pa.array(["c"], pa.large_string()), "string", ["c"]),
         (pa.array([decimal.Decimal("1.25")]), "float64", [1.25]),
+        (pa.array([decimal.Decimal(2**62 + 1), None], pa.decimal128(38)), "int64", [2**62 + 1, None]),
+        (pa.array([decimal.Decimal(10**30 + 1)], pa.decimal256(50)), "string", [str(10**30 + 1)]),
         (pa.array([datetime.date(2013, 1, 31)]), "string", ["2013-01-31"]),
         (
             pa.array([datetime.datetime(2013, 1, 1, 5, 0, 0, 500_000)], pa.timestamp("us")),
@@ -137,6 +139,11 @@ def test_declared_numbers_are_numbers_whatever_they_look_like():
         ),
         (pa.array([datetime.datetime(2013, 1, 1, 5)], pa.timestamp("ns")), "string", ["2013-01-01T05:00:00"]),
         (pa.array([datetime.datetime(2013, 1, 1, 5)], pa.timestamp("s")), "string", ["2013-01-01T05:00:00"]),
+        (
+            pa.array([datetime.datetime(2013, 1, 1, 5)], pa.timestamp("us", "Asia/Kathmandu")),
+            "string",
+            ["2013-01-01T05:00:00Z"],
+        ),
         (pa.nulls(2), "null", [None, None]),
         (pa.array([], pa.int64()), "null", []),
     ],

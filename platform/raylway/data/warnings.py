@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from raylway.data.describe import SIDE, Column
 from raylway.data.split import TEST, TRAIN
 from raylway.features import dates
-from raylway.features.profile import BINS, KS_LIMIT, PSI_LIMIT, bins, chi_square, ks, ks_chance, psi
+from raylway.features.profile import BINS, bins
 from raylway.features.schema import as_float64, canonical_text
+from raylway.features.shift import KS_LIMIT, PSI_LIMIT, counts_chance, ks, ks_chance, psi
 from raylway.features.signature import Task
 
 _NEARLY = 0.99
@@ -321,7 +322,7 @@ def _different_sides(subject: Subject, sample: pa.Table) -> Iterator[str]:
         elif cells.max() >= 0:
             counts = [np.bincount(part[part >= 0], minlength=cells.max() + 1) for part in (train, test)]
             apart = psi(*counts)
-            if apart > PSI_LIMIT and chi_square(*counts) < _CHANCE / len(names):
+            if apart > PSI_LIMIT and counts_chance(*counts) < _CHANCE / len(names):
                 found.append((apart, f"{name} (PSI {apart:.2f})"))
     if found:
         found.sort(key=lambda each: (-each[0], each[1]))
