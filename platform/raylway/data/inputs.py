@@ -20,6 +20,7 @@ from raylway.data import arrow_read, clean, columns, csv_read, files, items, rea
 from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.items import ROW_ID, Item, Part, Reading
+from raylway.data.location import TEXT_FORMATS
 from raylway.data.opening import Source, open_source
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
@@ -86,7 +87,7 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
     names: list[str] = []
     parts: list[Part] = []
     for location in locations:
-        if not location.function and not location.size:
+        if location.format in TEXT_FORMATS and not location.size:
             if len(locations) == 1:
                 raise UserError("the file is empty", where=location.name, expected="a heading and rows")
             continue  # no heading and no rows, as in preparation
