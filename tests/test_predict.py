@@ -22,6 +22,7 @@ from commands import environment, raylway
 from made import made
 from made_prepared import make, make_run
 from stores import Bucket
+from web_server import Web
 
 from raylway.bundle.predictor import Predictor, shortest
 from raylway.data import csv_read
@@ -116,7 +117,8 @@ def test_a_folder_of_several_formats_of_output(run: Run, tmp_path: Path, monkeyp
     for place in range(3):
         part = frame.iloc[place * 100 : place * 100 + 100]
         part.to_csv(tmp_path / "in" / f"{place}.csv.gz", index=False)
-    (tmp_path / "in" / "empty.csv").write_bytes(b"")
+    for name, content in (("empty.csv", b""), ("blank.csv", b"\n\n"), ("empty.csv.gz", gzip.compress(b""))):
+        (tmp_path / "in" / name).write_bytes(content)
     (tmp_path / "in" / "z.csv").write_text("colour,length\nred,oops\n")
     done = predict(run, tmp_path / "in", f"{tmp_path}/out/", "csv")
     assert (done.answered, done.rejected) == (300, 1)
@@ -210,6 +212,21 @@ def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, bucket: Bucket) 
     bucket.write("made/in/new.csv", BAD.encode())
     assert predict(run, bucket.address("made/in/"), tmp_path / "b.csv").rejected == 5
     assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == [bucket.address("made/in/new.csv")]
+
+
+def test_a_web_server_is_read_as_the_disk_is(run: Run, tmp_path: Path, web: Web) -> None:
+    frame = rows(300, 9)
+    (tmp_path / "new.csv").write_text(frame.to_csv(index=False) + "oops,red\n")
+    frame.to_parquet(tmp_path / "new.parquet", row_group_size=100)
+    for name in ("new.csv", "new.parquet"):
+        here, there = tmp_path / "here.csv", tmp_path / "there.csv"
+        predict(run, tmp_path / name, here)
+        address = web.put(f"a b/{name}", (tmp_path / name).read_bytes())
+        assert predict(run, address, there).rejected == (name == "new.csv")
+        local = here.read_text()
+        assert there.read_text() == local.replace(str(tmp_path / name), address)
+    with pytest.raises(UserError, match="can't be written there"):
+        predict(run, address, f"{web.address}/answers.csv")
 
 
 def test_other_formats_are_answered_alike(run: Run, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from raylway.data import arrow_read, clean, columns, csv_read, files, items, rea
 from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.items import ROW_ID, Item, Part, Reading
-from raylway.data.location import TEXT_FORMATS
 from raylway.data.opening import Source, open_source
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
@@ -87,11 +86,11 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
     names: list[str] = []
     parts: list[Part] = []
     for location in locations:
-        if location.format in TEXT_FORMATS and not location.size:
+        one = open_source(loaded, [location], may_be_empty=True)
+        if not one.columns:
             if len(locations) == 1:
                 raise UserError("the file is empty", where=location.name, expected="a heading and rows")
             continue  # no heading and no rows, as in preparation
-        one = open_source(loaded, [location])
         _require_inputs(one.columns, signature, one.files[0])
         parts += [msgspec.structs.replace(part, file=len(names) + part.file) for part in one.parts]
         names += one.files

@@ -55,13 +55,16 @@ class Source:
         return sum(part.size for part in self.parts)
 
 
-def open_source(loaded: LoadedJob, locations: list[Location] | None = None, head: bool = False) -> Source:
+def open_source(
+    loaded: LoadedJob, locations: list[Location] | None = None, head: bool = False, may_be_empty: bool = False
+) -> Source:
     """Find the job's source and read what its files say about their columns.
 
     Args:
         loaded: The job.
         locations: Its files in the order of the row ids; looked for and sorted by name if left out.
         head: As `open_files` takes it.
+        may_be_empty: Whether a source without any column is one.
 
     Raises:
         UserError: The source can't be read, its files have different columns, or it has none.
@@ -73,7 +76,7 @@ def open_source(loaded: LoadedJob, locations: list[Location] | None = None, head
         numeric=frozenset(loaded.job.data.features.numeric),
     )
     source = open_files(locations or locate(loaded), asked, where, head)
-    if not source.columns:
+    if not source.columns and not may_be_empty:
         raise no_rows(where, ", ".join(source.files[:5]))
     return source
 
