@@ -38,6 +38,8 @@ from raylway.data.location import (
 from raylway.errors import UserError
 
 SCHEMES = ("s3", "gs")
+FAILURES = (OSError, pa.ArrowException)
+"""What the clients raise; Google's raises both."""
 _TIMEOUT_S = 10
 _ATTEMPTS = 2
 _ASKED_AT_ONCE = 16
@@ -211,7 +213,7 @@ def _google() -> pa_fs.FileSystem:
 def _told(text: str, where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # Google's client raises both
+    except FAILURES as error:
         raise unreadable(text, where, error) from None
 
 

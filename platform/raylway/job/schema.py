@@ -178,8 +178,8 @@ class Split(Section):
 
 class Data(Section):
     source: Text | list[Text] | Files
-    """A file, glob or folder; `s3://bucket/path`; `pkg://package/path`; `python://module:function`
-    (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
+    """A file, glob or folder; `s3://bucket/path` or `gs://bucket/path`; `https://host/file.csv`; `pkg://package/path`;
+    `python://module:function` (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
     is then theirs. A relative path is looked for beside the job file, then in the current folder."""
     read: Read = Read()
     target: str

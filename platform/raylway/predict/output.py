@@ -128,7 +128,7 @@ def refuse_taken(output: Output) -> None:
             is_taken = output.is_folder and len(left) < sum(each.is_file for each in there)
             for path in [] if is_taken or not output.is_folder else left:
                 system.delete_file(path)
-        except OSError as error:
+        except remote.FAILURES as error:
             raise remote.unreadable(output.place, "--output", error) from None
     if is_taken:
         raise UserError(
@@ -231,9 +231,11 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
             out.flush()
         else:
             _commit_file(output, columns, parts)
-    except OSError as error:
+    except remote.FAILURES as error:
         if output.is_remote:
             raise remote.unreadable(output.place, "--output", error) from None
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             "the answers can't be written", output.place or "standard output", found=error.strerror or str(error)
         ) from None
