@@ -61,6 +61,14 @@ class Read(Section):
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
+    decimal: Literal[".", ","] = "."
+    """The decimal sign of numbers in CSV files."""
+    missing: list[Text | int | float] = []
+    """Further cells that are missing, in every column: texts such as `?`, numbers such as -999."""
+
+    @property
+    def missing_words(self) -> list[str]:
+        return [str(word) for word in self.missing]
 
 
 class ColumnTransform(Section):
