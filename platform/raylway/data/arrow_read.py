@@ -217,7 +217,7 @@ def stored(
         return pa.nulls(len(array)), Seen([source], ["null"], missing=len(array))
     if pa.types.is_uint64(array.type) or pa.types.is_decimal(array.type):
         least, most = pc.min_max(array).as_py().values()
-        fits = -(2**63) <= least and most < 2**63
+        fits = least >= -(2**63) and most < 2**63
         array = array.cast(pa.int64() if fits else pa.string())
         if not fits:
             return examine(array, row_ids, keep_text=True, source=source)
