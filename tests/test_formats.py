@@ -17,8 +17,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from preparing import read
 
-from raylway.data import assessment, columns, items, opening, roles, sources
+from raylway.data import sources
 from raylway.errors import UserError
 from raylway.job.load import load_job
 
@@ -27,43 +28,6 @@ def job(folder: Path, **data: Any):
     path = folder / "job.yaml"
     path.write_text(json.dumps({"name": "made", "data": {"target": "y", **data}}))
     return load_job(path)
-
-
-def read(folder: Path, step: int = 1 << 20, **data: Any) -> tuple[pa.Table, list[int], list[Any], list[str]]:
-    """All rows of a source in their decided types, their ids, the rejects and the decisions; read in ranges."""
-    loaded = job(folder, **data)
-    source = opening.open_source(loaded)
-    names = roles.check_names(loaded, source.columns)
-    parts: list[Any] = []
-    for part in source.parts:
-        if isinstance(part, items.Stream) and part.is_cut and part.size > step:
-            cut = [
-                items.Range(part.file, part.location, part.heading, a, b, False, 0) for a, b in items.ranges(part, step)
-            ]
-            parts += items.placed([(each, items.scan(each)) for each in cut]) or [part]
-        else:
-            parts.append(part)
-    reading = items.Reading(source.columns, names.numeric, step)
-    while True:
-        pieces = [piece for item in items.grouped(parts, step) for piece in items.read(item, reading)]
-        seen = assessment.merged([piece.facts.seen for piece in pieces])
-        types = assessment.types_of(loaded, names, seen, source.places)
-        again = [name for name, each in seen.items() if types.of[name] == "string" and each.lossy]
-        if not again:
-            break
-        reading = items.Reading(source.columns, names.numeric, step, again)
-    tables = [
-        pa.table(
-            {
-                name: columns.final(piece.table[name].combine_chunks(), types.of[name], False)[0]
-                for name in source.columns
-            }
-        )
-        for piece in pieces
-    ]
-    ids = [row for piece in pieces for row in piece.table[items.ROW_ID].to_pylist()]
-    rejects = [reject for piece in pieces for reject in piece.facts.rejects]
-    return pa.concat_tables(tables), ids, rejects, [*source.notes, *types.sentences]
 
 
 def refusal(folder: Path, **data: Any) -> str:
