@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, one raylet each, whose nodes can be killed; its token is asked for."""
+"""A Ray cluster of several nodes on this machine, one raylet each, that can be killed; token authentication is on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ for line in sys.stdin:
 cluster.shutdown()
 """
 
-_SOON_NOTICED = {"RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "3", "RAY_health_check_timeout_ms": "1000"}
+_SOON_NOTICED = {
+    "RAY_health_check_period_ms": "300",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "1000",
+}
 """That a node is gone: after 1 instead of 15 seconds."""
 
 
