@@ -18,13 +18,14 @@ import pytest
 from commands import environment, raylway
 from made import made
 from made_prepared import make, make_run
+from stores import Bucket
 
 from raylway.data import csv_read
 from raylway.errors import UserError
 from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
 from raylway.runs.run import Run
-from tests.test_predict import predict, rows, store, trained, typed  # noqa: F401 - one is a fixture
+from tests.test_predict import predict, rows, trained, typed
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +74,15 @@ cli.main()
 def test_an_upload_that_is_cut_short_leaves_nothing_that_looks_whole(
     run: Run,
     tmp_path: Path,
-    store: pafs.FileSystem,  # noqa: F811
+    bucket: Bucket,
     fault: str,
     place: str,
 ) -> None:
     rows(100, 10).to_csv(tmp_path / "new.csv", index=False)
-    with store.open_output_stream("made/there.csv"):
-        pass
+    bucket.write("there.csv", b"")
     command = [sys.executable, "-c", CUT_SHORT.format(fault=fault), "predict", run.folder, "new.csv"]
     cut = subprocess.run(
-        [*command, "-o", f"s3://made/{place}", "--storage", "none"],
+        [*command, "-o", bucket.address(place), "--storage", "none"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -90,11 +90,11 @@ def test_an_upload_that_is_cut_short_leaves_nothing_that_looks_whole(
         check=False,
     )
     assert cut.returncode in (130, -signal.SIGKILL) and "cut short" in cut.stderr
-    left = store.get_file_info(pafs.FileSelector("made", recursive=True))
-    assert "made/there.csv" in [each.path for each in left]
-    assert not [each.path for each in left if each.is_file and each.path.startswith(f"made/{place}")]
-    assert predict(run, tmp_path / "new.csv", f"s3://made/{place}").answered == 100
-    assert store.get_file_info(f"made/{place}{'_SUCCESS' * place.endswith('/')}").is_file
+    left = bucket.files.get_file_info(pafs.FileSelector("rows", recursive=True))
+    assert "rows/there.csv" in [each.path for each in left]
+    assert not [each.path for each in left if each.is_file and each.path.startswith(f"rows/{place}")]
+    assert predict(run, tmp_path / "new.csv", bucket.address(place)).answered == 100
+    assert bucket.files.get_file_info(f"rows/{place}{'_SUCCESS' * place.endswith('/')}").is_file
 
 
 KILLED = """
