@@ -10,15 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylway.data import sides
-from raylway.data.assessment import (
-    Columns,
-    Counted,
-    Found,
-    columns_of,
-    comma_hint,
-    ordering_of,
-    unfit_target,
-)
+from raylway.data.assessment import Columns, Counted, Found, columns_of, comma_hint, ordering_of, unfit_target
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.describe import Described
