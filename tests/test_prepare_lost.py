@@ -165,4 +165,4 @@ def test_a_failure_in_a_task_reaches_the_driver_from_threads_and_from_ray(monkey
 
     for few in (10, 0):
         with pytest.raises(UserError, match="here: the made mistake"):
-            engine.run(fail, [Location("here", "/")] * 3, Location, few=few)
+            list(engine.run(fail, [Location("here", "/")] * 3, Location, few=few))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from raylway import storage
+from raylway.data import engine
 from raylway.data import prepare as data_prepare
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob
@@ -55,12 +56,13 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     from raylway.launch.check import check
 
     check(loaded)
-    ahead = ("ray.data",) if last == "prepare" else ("ray.data", "torch")
+    ahead = () if last == "prepare" else ("torch",)
     began_at = time.monotonic()
     with start.connect(reporter, loaded.import_paths, ahead) as capacity:
         capacity.require_shared(root)
         started_at = time.monotonic()
-        prepared = data_prepare.prepare(loaded, root, reporter)
+        here = capacity.is_one_machine and capacity.cpus <= engine.MOST_THREADS
+        prepared = data_prepare.prepare(loaded, root, reporter, engine.ALL if here else None)
         if last == "prepare":
             return None
         found.create(loaded, fingerprint)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import division, ordering
+from raylway.data import clean, describe, division, ordering
 from raylway.data.clean import Assessed, Rules, assess
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
+from raylway.data.describe import Described
 from raylway.data.division import Division, Exceptions
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.opening import Source
@@ -27,7 +31,7 @@ _SHOWN = 4
 
 def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
     """What the pieces' rows are held to, once the types are decided."""
-    clean = loaded.job.data.clean
+    asked = loaded.job.data.clean
     target_type = types.of.get(names.target, "")
     certain = loaded.job.task == "classification" or target_type in ("string", "bool")
     classes: Literal["all", "few", "none"] = "all" if certain or names.target in names.derive else "few"
@@ -45,8 +49,8 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
         needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
         unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
         unused=hidden,
-        drop_missing=clean.missing == "drop",
-        infinite_is_missing=clean.infinite == "missing",
+        drop_missing=asked.missing == "drop",
+        infinite_is_missing=asked.infinite == "missing",
         classes=classes,
     )
 
@@ -63,6 +67,21 @@ class Found(msgspec.Struct, frozen=True):
     first: int
     """Row id of the piece's first row; 0 if it has none."""
     last: int
+
+    def slim(self) -> Found:
+        """Without what its columns hold."""
+        return msgspec.structs.replace(
+            self, assessed=msgspec.structs.replace(self.assessed, texts={}, described=Described({}))
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns hold over all pieces."""
+
+    described: Described
+    distinct: dict[str, int]
+    """Different values of each column of text in usable rows."""
 
 
 class Counted(msgspec.Struct, frozen=True):
@@ -100,6 +119,21 @@ def counted(table: pa.Table, found: Found, codes: list[int], divided: Division, 
     code = own[table["code"].to_numpy()] if codes else np.zeros(len(own_sides), np.int32)
     counts = np.bincount(own_sides.astype(np.int64) * classes + code, minlength=4 * classes).reshape(4, classes)
     return Counted(found.assessed.rows, counts.tolist())
+
+
+def columns_of(pieces: Iterable[Found]) -> Columns:
+    """What all pieces' columns hold together; only some pieces are held at a time."""
+    rest = iter(pieces)
+    described: list[Described] = []
+    texts: dict[str, np.ndarray] = {}
+    while several := [each.assessed for each in islice(rest, 32)]:
+        described = [describe.merged([*described, *(each.described for each in several)])]
+        for name in sorted({name for each in several for name in each.texts}):
+            sketches = [np.frombuffer(each.texts[name], np.uint64) for each in several if name in each.texts]
+            texts[name] = clean.smallest([texts.get(name, np.zeros(0, np.uint64)), *sketches])
+    return Columns(
+        described[0] if described else Described({}), {name: clean.distinct(words) for name, words in texts.items()}
+    )
 
 
 def merged(parts: list[dict[str, Seen]]) -> dict[str, Seen]:

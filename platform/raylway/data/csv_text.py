@@ -198,32 +198,32 @@ class Records:
 def records(body: bytes, delimiter: str) -> Records | None:
     """The records of a text that begins with a record and ends with one; None if the text is irregular."""
     text = np.frombuffer(body, np.uint8)
-    feeds = np.flatnonzero(text == _LF)
-    breaks = feeds
-    delimiters = np.flatnonzero(text == ord(delimiter))
-    line_ends = feeds
-    if _CR in body and len(lone := _lone_returns(text)):
-        line_ends = np.sort(np.concatenate([feeds, lone]))
-    if _QUOTE in body or line_ends is not feeds:
+    separators = np.flatnonzero((text == _LF) | (text == ord(delimiter)))
+    lone = _lone_returns(text) if _CR in body else separators[:0]
+    line_ends = None
+    if _QUOTE in body or len(lone):
         if not scan(body, _LF, _LF, delimiter).regular[0]:
             return None
         inside = np.cumsum(text == _QUOTE, dtype=np.uint8) & 1
         if len(text) and inside[-1]:
             return None
-        breaks = feeds[inside[feeds] == 0]
-        delimiters = delimiters[inside[delimiters] == 0]
+        feeds = separators[text[separators] == _LF]
+        line_ends = np.sort(np.concatenate([feeds, lone]))
+        separators = separators[inside[separators] == 0]
+    at = np.flatnonzero(text[separators] == _LF)
+    breaks = separators[at]
     starts = np.concatenate([[0], breaks + 1])
     ends = np.concatenate([breaks, [len(text)]])
+    cells = np.diff(at, prepend=-1, append=len(separators))
     blank = (
         (ends == starts) | ((ends == starts + 1) & (text[np.minimum(starts, len(text) - 1)] == _CR))
         if len(text)
         else [True]
     )
     full = np.flatnonzero(~np.asarray(blank))
-    starts, ends = starts[full], ends[full]
-    lines = full if len(line_ends) == len(breaks) else np.searchsorted(line_ends, starts)
-    cells = np.searchsorted(delimiters, ends) - np.searchsorted(delimiters, starts) + 1
-    return Records(starts, ends, lines, cells, len(line_ends) != len(breaks))
+    if line_ends is None or len(line_ends) == len(breaks):
+        return Records(starts[full], ends[full], full, cells[full], False)
+    return Records(starts[full], ends[full], np.searchsorted(line_ends, starts[full]), cells[full], True)
 
 
 def last_record_end(body: bytes) -> int:

@@ -1,9 +1,9 @@
 """Which rows are duplicates, and on which side each row falls: over all pieces, one part of the keys after the other.
 
 Pieces are sorted by `key` (`ordering`), so the rows of a range of keys are a slice of each piece; equal rows share
-their key, and so do rows that must stay together. One range, about `BUCKET_ROWS` rows, is in memory at a time. What
-remains is small: the cuts (where in the order test and validation end, by stratum), and a list of the rows that are
-left out or belong to an earlier generation.
+their key, and so do rows that must stay together. A few ranges, each of about `BUCKET_ROWS` rows, are in memory at a
+time. What remains is small: the cuts (where in the order test and validation end, by stratum), and a list of the rows
+that are left out or belong to an earlier generation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import split
+from raylway.data import engine, split
 from raylway.data.ordering import Ordering
 from raylway.data.split import OUT, TEST, TRAIN, VALIDATION, Shares
 from raylway.features.prepared import LINE_BITS, Cut, Generation
 
-BUCKET_ROWS = 1 << 21
+BUCKET_ROWS = 1 << 20
 _EVERY = 256
 _ALL = np.uint64(2**64 - 1)
 _NONE = -1
@@ -80,6 +80,11 @@ class Told:
     moved: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     """Rows left out because an equal one is on a side further held out, by their own side."""
 
+    def add(self, other: Told) -> None:
+        self.kept += other.kept
+        self.joined += other.joined
+        self.moved = [a + b for a, b in zip(self.moved, other.moved, strict=True)]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -120,16 +125,10 @@ def divide(
     """
     buckets = _Buckets(tables, codes, plan)
     sizes, told, exceptions = [], Told(), []
-    for number in range(len(buckets)):
-        bucket = buckets[number]
-        counted = bucket.counted
-        sizes.append(np.bincount(bucket.stratum[counted], minlength=len(plan.strata)))
-        exceptions.append(bucket.exceptions())
-        told.kept += int(bucket.keep.sum())
-        told.joined += int((bucket.keep & bucket.repeats).sum())
-        if plan.ordering.is_given:
-            lost = bucket.side[~bucket.keep & (bucket.side != bucket.side[bucket.first])]
-            told.moved = [a + int(b) for a, b in zip(told.moved, np.bincount(lost, minlength=4), strict=True)]
+    for size, listed, one in engine.side_by_side(lambda number: buckets[number].summary(), range(len(buckets))):
+        sizes.append(size)
+        exceptions.append(listed)
+        told.add(one)
     table = np.array(sizes)
     if not plan.past:
         sizes_fit(table.sum(axis=0))
@@ -222,6 +221,15 @@ class _Bucket:
         """Which rows are divided now: kept, and not those of earlier generations."""
         return self.keep & (self._generation == len(self._plan.past))
 
+    def summary(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], Told]:
+        """Rows that are divided now by stratum, exceptions, and what to tell."""
+        sizes = np.bincount(self.stratum[self.counted], minlength=len(self._plan.strata))
+        told = Told(int(self.keep.sum()), int((self.keep & self.repeats).sum()))
+        if self._plan.ordering.is_given:
+            lost = self.side[~self.keep & (self.side != self.side[self.first])]
+            told.moved = np.bincount(lost, minlength=4).tolist()
+        return sizes, self.exceptions(), told
+
     def exceptions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, their firsts, and where they go (`Exceptions`)."""
         listed = np.flatnonzero(~self.keep | (self._generation != self._own))
@@ -255,16 +263,16 @@ class _Buckets:
             inner = np.searchsorted(table["key"].to_numpy(), borders, side="right")
             self._edges.append(np.concatenate([[0], inner, [table.num_rows]]))
         self._count = len(borders) + 1
-        self._held: tuple[int, _Bucket] | None = None
+        self._only: _Bucket | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, number: int) -> _Bucket:
-        if self._held is None or self._held[0] != number:
-            self._held = None  # two are never held at once
-            self._held = number, _Bucket(self._columns(number), self._plan)
-        return self._held[1]
+        if self._count > 1:
+            return _Bucket(self._columns(number), self._plan)
+        self._only = self._only or _Bucket(self._columns(0), self._plan)
+        return self._only
 
     def _columns(self, number: int) -> dict[str, np.ndarray]:
         names = [name for name in self._tables[0].column_names if name != "position"]
@@ -325,11 +333,13 @@ def _resolved(buckets: _Buckets, sizes: np.ndarray, wanted: list[tuple[int, int]
             found[stratum] = (0, "")
         else:
             by_bucket.setdefault(int(np.searchsorted(sums[:, stratum], cut)), []).append((stratum, cut))
-    for number, cuts in sorted(by_bucket.items()):
-        bucket = buckets[number]
-        for stratum, cut in cuts:
-            before = int(sums[number, stratum] - sizes[number, stratum])
-            found[stratum] = _nearest(*bucket.ends(stratum), before, cut)
+
+    def resolve(number: int) -> dict[int, tuple[int, str]]:
+        bucket, before = buckets[number], sums[number] - sizes[number]
+        return {each: _nearest(*bucket.ends(each), int(before[each]), cut) for each, cut in by_bucket[number]}
+
+    for each in engine.side_by_side(resolve, sorted(by_bucket)):
+        found |= each
     return found
 
 
@@ -355,11 +365,11 @@ def _unit_cut(buckets: _Buckets, sizes: np.ndarray, plan: Plan, test: int, valid
     ends: list[np.ndarray] = []
     words: list[np.ndarray] = []
     before = 0
-    for number in range(len(buckets)):
-        end, word = buckets[number].ends(0)
+    each = engine.side_by_side(lambda number: buckets[number].ends(0), range(len(buckets)))
+    for (end, word), size in zip(each, sizes, strict=True):
         ends.append(before + end)
         words.append(word[:, 0])
-        before += int(sizes[number])
+        before += int(size)
     every, keys = np.concatenate(ends), np.concatenate(words)
     sides = 1 + plan.shares.held_out
     if len(every) < sides:

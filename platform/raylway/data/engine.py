@@ -1,4 +1,8 @@
-"""One function over many small arguments: on threads of this process if they are few, else as tasks of Ray Data.
+"""One function over many small arguments: as tasks of Ray Data, or on threads of this process.
+
+Threads where there are few arguments, or where the whole cluster is one small machine: numpy and pyarrow let threads
+run side by side, and 600 MB are prepared there in two thirds of the time that Ray Data takes with its processes and its
+0.2 s between tasks. Both give the same bytes.
 
 Arguments and results are small records; rows go from pass to pass through files (`pieces`). A task that is lost with
 its worker or node is run again by Ray, so functions must give the same when run twice. The one file here that imports
@@ -9,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +26,12 @@ from raylway.errors import UserError
 
 FEW = 4
 """So many tasks are done here: starting Ray's workers takes longer than the work."""
+ALL = 1 << 62
+"""All tasks are done here."""
+MOST_THREADS = 8
+"""So many threads of one Python process keep as many CPUs busy; each needs memory for what it works on."""
+Item = TypeVar("Item")
+Output = TypeVar("Output")
 Argument = TypeVar("Argument", bound=msgspec.Struct)
 Result = TypeVar("Result", bound=msgspec.Struct)
 _TASKS_PER_CPU = 8
@@ -43,40 +54,49 @@ def run(
     function: Callable[[Argument], Result],
     arguments: Sequence[Argument],
     result: type[Result],
-    done: Callable[[Result], None] = lambda _: None,
     few: int | None = None,
-) -> list[Result]:
+) -> Iterator[Result]:
     """Apply a function to every argument.
 
     Args:
         function: Takes one argument; large constants are bound to it with `functools.partial`.
         arguments: msgspec records of one type.
         result: What the function returns.
-        done: Called with each result as it comes in, in any order.
-        few: At most so many arguments are done on threads of this process, `FEW` if left out.
+        few: At most so many arguments are done on threads of this process; `FEW` if left out.
 
-    Returns:
-        The results in the order of the arguments.
+    Yields:
+        The results in the order of the arguments, while others are still worked on.
 
     Raises:
         UserError: The function raised it.
     """
-    found: dict[int, Result] = {}
-    on_threads = len(arguments) <= (FEW if few is None else few)
-    stream = _on_threads(function, arguments) if on_threads else _on_ray(function, arguments, result)
-    for at, each in stream:
-        found[at] = each
-        done(each)
-    return [found[at] for at in range(len(arguments))]
+    if len(arguments) <= (FEW if few is None else few):
+        yield from side_by_side(function, arguments)
+        return
+    waiting: dict[int, Result] = {}
+    turn = 0
+    for at, each in _on_ray(function, arguments, result):
+        waiting[at] = each
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
 
 
-def _on_threads(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[tuple[int, Result]]:
-    cpus = max(1, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(min(cpus, len(arguments) or 1)) as pool:
-        waiting = [pool.submit(function, argument) for argument in arguments]
+def side_by_side(function: Callable[[Item], Output], items: Iterable[Item]) -> Iterator[Output]:
+    """The function of each item, in their order, on threads; a few results wait for their turn at most.
+
+    Numpy and pyarrow let threads run at once; what holds the interpreter does not.
+    """
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    waiting: deque[Future[Output]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            for at, future in enumerate(waiting):
-                yield at, future.result()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except BaseException:
             for future in waiting:
                 future.cancel()

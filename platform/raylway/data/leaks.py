@@ -8,13 +8,14 @@ whose hash falls below a bound are compared, a fixed part of all contents, and t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from raylway.data import engine
 from raylway.data.rowhash import mix
 from raylway.features.prepared import SPLITS, LeakTest, Shard
 
@@ -34,61 +35,80 @@ class Contents:
     instant: np.ndarray | None = None
 
 
-def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Iterable[Contents]) -> LeakTest:
+def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Sequence[Callable[[], Contents]]) -> LeakTest:
     """Look for anything that stands on two sides of the split.
 
     Args:
         folder: The prepared folder with its shards written.
         shards: All of them.
         rows: Kept rows.
-        parts: The kept rows of the source in ascending order of their ids.
+        parts: Each gives some kept rows of the source; together all of them.
     """
     sides = _Sides(folder, shards)
     bound = np.uint64(min(2**64 - 1, int(_MOST / max(1, rows) * 2.0**64))) if rows > _MOST else np.uint64(2**64 - 1)
-    hashes, held, groups = [], [], []
-    unplaced = ids_twice = compared = placed = 0
+
+    def placed(part: Callable[[], Contents]) -> _Placed:
+        return _placed(part(), sides, bound)
+
+    each = list(engine.side_by_side(placed, parts))
+    groups = [part.groups for part in each if part.groups is not None]
     spans: dict[int, list[float]] = {}
-    for part in parts:
-        side, twice, found = sides.of(part.row_ids)
-        ids_twice += twice
-        unplaced += int((side == 0).sum())
-        placed += found
-        chosen = mix(part.hashes[:, 0].copy()) <= bound
-        compared += int(chosen.sum())
-        hashes.append(part.hashes[chosen])
-        held.append(side[chosen])
-        if part.group is not None:
-            groups.append(np.unique(np.stack([part.group, side.astype(np.uint64)], axis=1), axis=0))
-        if part.instant is not None:
-            for number in np.unique(side):
-                mine = part.instant[side == number]
-                low, high = spans.get(int(number), [np.inf, -np.inf])
-                spans[int(number)] = [min(low, float(mine.min())), max(high, float(mine.max()))]
+    for part in each:
+        for number, (low, high) in part.spans.items():
+            known = spans.setdefault(number, [low, high])
+            spans[number] = [min(known[0], low), max(known[1], high)]
     return LeakTest(
         rows=rows,
-        compared=compared,
-        unplaced=unplaced,
-        foreign=sides.rows - placed,
-        row_ids_on_two_sides=ids_twice,
-        equal_rows_on_two_sides=_on_two_sides(hashes, held),
+        compared=sum(len(part.sides) for part in each),
+        unplaced=sum(part.unplaced for part in each),
+        foreign=sides.rows - sum(part.found for part in each),
+        row_ids_on_two_sides=sum(part.twice for part in each),
+        equal_rows_on_two_sides=_on_two_sides([part.hashes for part in each], [part.sides for part in each]),
         groups_on_two_sides=_groups_on_two_sides(groups) if groups else None,
         out_of_order=_out_of_order(spans) if spans else None,
     )
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """Where some kept rows are: the hashes that are compared, with their sides, and what else is known of all."""
+
+    hashes: np.ndarray
+    sides: np.ndarray
+    unplaced: int
+    twice: int
+    found: int
+    """How often the shards hold one of the rows."""
+    groups: np.ndarray | None
+    """Different pairs of group and side."""
+    spans: dict[int, tuple[float, float]]
+    """First and last instant by side."""
+
+
+def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
+    side, twice, found = sides.of(part.row_ids)
+    chosen = mix(part.hashes[:, 0].copy()) <= bound
+    groups, spans = None, {}
+    if part.group is not None:
+        groups = np.unique(np.stack([part.group, side.astype(np.uint64)], axis=1), axis=0)
+    if part.instant is not None:
+        for number in np.unique(side):
+            mine = part.instant[side == number]
+            spans[int(number)] = float(mine.min()), float(mine.max())
+    return _Placed(part.hashes[chosen], side[chosen], int((side == 0).sum()), twice, found, groups, spans)
+
+
 class _Sides:
-    """The side of a row as the shards have it; their row ids are mapped, not loaded."""
+    """The side of a row as the shards have it; of their row ids only the first and the last are held."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self._parts = []
         self.rows = 0
         for shard in shards:
-            table = pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all()
-            self.rows += table.num_rows
-            if table.num_rows:
-                ids = table["row_id"].combine_chunks().to_numpy()
-                is_sorted = (ids[1:] > ids[:-1]).all()  # as they were written; the test does not rely on it
-                self._parts.append((SPLITS.index(shard.split) + 1, ids if is_sorted else np.sort(ids)))
+            ids = _row_ids(folder / shard.file)
+            self.rows += len(ids)
+            if len(ids):
+                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ids[0], ids[-1]))
 
     def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int, int]:
         """int8 [n], 0 where no shard has the row; how many rows stand on more than one side; and how often the shards
@@ -98,15 +118,22 @@ class _Sides:
         found = 0
         if not len(row_ids):
             return side, 0, 0
-        for number, ids in self._parts:
-            if ids[-1] < row_ids[0] or ids[0] > row_ids[-1]:
+        for number, path, first, last in self._parts:
+            if last < row_ids[0] or first > row_ids[-1]:
                 continue
+            ids = _row_ids(path)
             at = np.minimum(np.searchsorted(ids, row_ids), len(ids) - 1)
             here = ids[at] == row_ids
             twice |= here & (side != 0) & (side != number)
             side[here] = number
             found += int(here.sum())
         return side, int(twice.sum()), found
+
+
+def _row_ids(path: Path) -> np.ndarray:
+    """uint64, ascending; mapped if they were written so, on which the test does not rely."""
+    ids = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
+    return ids if (ids[1:] > ids[:-1]).all() else np.sort(ids)
 
 
 def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import describe, sides
-from raylway.data.assessment import Counted, Found, ordering_of, text_target
-from raylway.data.clean import Assessed, Rules, distinct
+from raylway.data import sides
+from raylway.data.assessment import Columns, Counted, Found, columns_of, ordering_of, text_target
+from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.describe import Described
 from raylway.data.division import Division
@@ -54,6 +54,7 @@ class Pieces:
     """All pieces, assessed."""
 
     found: list[Found]
+    columns: Columns
     tables: Sequence[pa.Table]
     """By piece (`ordering.ordered`)."""
     count: Callable[[Division, list[list[int]]], list[Counted]]
@@ -112,11 +113,11 @@ def conclude(
     by_class: dict[SplitName, list[int]] = {
         name: totals[side].tolist() if classes else [] for side, name in enumerate(SPLITS, 1)
     }
-    different = _distinct(types, [each.assessed for each in found])
+    different = _distinct(types, pieces.columns)
     empty = empty_columns(seen)
-    described = describe.merged(each.assessed.described for each in found)
+    dates = _dates(pieces.columns.described)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, account.kept, empty, _dates(described), where)
+    roles = choose_features(names, types, different, account.kept, empty, dates, where)
     plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
@@ -133,7 +134,7 @@ def conclude(
         types,
         different,
         sentences + sides.sentences(order, told, past or []),
-        described,
+        pieces.columns.described,
     )
 
 
@@ -159,14 +160,14 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     rows = sum(each.usable for each in found)
     types = rules.types | derived_types(rules, [each.assessed for each in found])
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
-    different = _distinct(types, [each.assessed for each in found])
+    columns = columns_of(found)
+    different = _distinct(types, columns)
     empty = empty_columns(seen)
-    described = describe.merged(each.assessed.described for each in found)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, rows, empty, _dates(described), where)
+    roles = choose_features(names, types, different, rows, empty, _dates(columns.described), where)
     fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
-    return Preview(task, classes, roles, different, rows, sentences, described)
+    return Preview(task, classes, roles, different, rows, sentences, columns.described)
 
 
 def _dates(described: Described) -> list[str]:
@@ -274,13 +275,9 @@ def _target(
     return task, why, classes
 
 
-def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
+def _distinct(types: dict[str, str], columns: Columns) -> dict[str, int]:
     """How many different values each column of text has."""
-    texts = [name for name, kind in types.items() if kind == "string"]
-    return {
-        name: distinct([np.frombuffer(piece.texts[name], np.uint64) for piece in pieces if name in piece.texts])
-        for name in texts
-    }
+    return {name: columns.distinct.get(name, 0) for name, kind in types.items() if kind == "string"}
 
 
 def empty_columns(seen: dict[str, Seen]) -> list[str]:

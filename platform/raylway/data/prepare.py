@@ -9,9 +9,10 @@ from __future__ import annotations
 import bisect
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,7 +47,7 @@ from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
 from raylway.features import derive, fit
-from raylway.features.fit import Question
+from raylway.features.fit import Part, Question
 from raylway.features.prepared import (
     DUPLICATES,
     FORMAT,
@@ -64,19 +65,22 @@ from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
+Done = TypeVar("Done", Measured, Written)
+
 
 def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
     """The name of a job's prepared data (`generations`), in the storage folder `root` if it is given."""
     return generations.find(loaded, root / PREPARED if root else None).fingerprint
 
 
-def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
+def prepare(loaded: LoadedJob, root: Path, reporter: Reporter, few: int | None = None) -> Prepared:
     """The prepared data of a job; made only if it is not there already. Ray must be initialised.
 
     Args:
         loaded: The job.
         root: The storage folder, seen by every node.
         reporter: Where progress, the row account and the decisions go.
+        few: At most so many tasks of a pass are done in this process (`engine.run`).
 
     Raises:
         UserError: The data or what the job says of it can't be used.
@@ -89,24 +93,36 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter) -> Prepared:
             stage.finish(f"{_account(prepared.manifest)}; prepared before: {folder}")
             return prepared
         with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
-            manifest, keys = _prepare(loaded, start, staged, kept, reporter, stage)
+            manifest, keys = _prepare(loaded, start, Work(staged, kept, reporter, stage, few))
         pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
     return Prepared(folder)
 
 
-def _prepare(
-    loaded: LoadedJob, start: Start, folder: Path, kept: Path, reporter: Reporter, stage: Stage
-) -> tuple[Manifest, list[str]]:
+@dataclass(frozen=True)
+class Work:
+    """One preparation under way."""
+
+    folder: Path
+    """Where the prepared data is written."""
+    kept: Path
+    """Of all pieces."""
+    reporter: Reporter
+    stage: Stage
+    few: int | None
+    """At most so many tasks of a pass are done in this process (`engine.run`)."""
+
+
+def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, list[str]]:
     """The manifest, and the keys of the pieces behind it."""
     source = open_source(loaded, start.locations)
     names = check_names(loaded, source.columns)
     if not source.parts:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
-    found = reading.read(loaded, source, names, start.past.generations, kept, stage)
-    decided, tasks = _decide(loaded, source, names, found, start, kept)
+    found = reading.read(loaded, source, names, start.past.generations, work.kept, work.stage, work.few)
+    decided, tasks = _decide(loaded, source, names, found, start, work.kept)
     use = Use.of(found.rules, names, decided.plan)
-    transform, written, sample = _encode(tasks, decided, use, found.assessment, folder, kept, stage)
+    transform, written, sample = _encode(tasks, decided, use, found.assessment, work)
     sample = derive.derived(sample, derive.parsed(names.derive))
     continues = bool(decided.division.generations[1:])
     manifest = Manifest(
@@ -135,22 +151,32 @@ def _prepare(
             _missing(found, decided),
         ),
         leak_test=leaks.leak_test(
-            folder, written, decided.account.kept, _contents(tasks, decided.division, kept, found.assessment)
+            work.folder,
+            written,
+            decided.account.kept,
+            [functools.partial(_contents, task, decided.division, work.kept, found.assessment) for task in tasks],
         ),
     )
+    _tell(work.reporter, manifest, found)
+    _write_quarantine(work.folder, work.kept, tasks, found.assessment, source)
+    _write_duplicates(work.folder, decided.division.exceptions)
+    empty = outcome.empty_columns(found.seen)
+    columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
+    storage.write_record(work.folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
+    keys = [item.key for item in found.items]
+    storage.write_record(work.folder / pieces.USED, keys if start.may_grow else [])
+    storage.write_record(work.folder / MANIFEST, manifest)
+    return manifest, keys
+
+
+def _tell(reporter: Reporter, manifest: Manifest, found: Found) -> None:
     for sentence in manifest.decisions:
         reporter.note(f"  {sentence}")
     for sentence in manifest.warnings:
         reporter.note(f"  warning: {sentence}")
-    _write_quarantine(folder, kept, tasks, found.assessment, source)
-    _write_duplicates(folder, decided.division.exceptions)
-    empty = outcome.empty_columns(found.seen)
-    columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
-    storage.write_record(folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
-    keys = [item.key for item in found.items]
-    storage.write_record(folder / pieces.USED, keys if start.may_grow else [])
-    storage.write_record(folder / MANIFEST, manifest)
-    return manifest, keys
+    size = sum(item.size for item in found.items)
+    if found.fresh < size:
+        reporter.note(f"  read {found.fresh:,} of {size:,} bytes; the others were read before")
 
 
 def _decide(
@@ -168,9 +194,9 @@ def _decide(
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
-        return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
+        return list(engine.run(bound, tasks, Counted, reading.FEW_HERE))
 
-    every = outcome.Pieces([one for _, _, one in each], tables, count)
+    every = outcome.Pieces([one for _, _, one in each], found.columns, tables, count)
     past = start.past.generations
     decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
@@ -181,25 +207,24 @@ def _decide(
 
 
 def _encode(
-    tasks: list[PieceTask], decided: Outcome, use: Use, assessment: str, folder: Path, kept: Path, stage: Stage
+    tasks: list[PieceTask], decided: Outcome, use: Use, assessment: str, work: Work
 ) -> tuple[Transform, list[Shard], pa.Table]:
     """Fit the transform on the training rows, then write the shards; and a sample of the kept rows."""
     rows = sum(task.facts.rows for task in tasks)
     divided = msgspec.structs.replace(decided.division, exceptions=Exceptions(b"", b"", b""))
-    bound: dict[str, Any] = {"folder": str(kept), "assessment": assessment, "divided": divided, "use": use}
+    bound: dict[str, Any] = {"folder": str(work.kept), "assessment": assessment, "divided": divided, "use": use}
     rate = describe.rate(decided.account.kept)
     transform: Question | Transform = fit.first_question(use.plan)
     samples: list[bytes] = []
     while isinstance(transform, Question):
         measure = functools.partial(passes.measure, **bound, question=transform, rate=rate)
-        measured = engine.run(measure, tasks, Measured, _rows(stage, rows, "rows measured"))
-        samples = samples or [each.sample for each in measured]
-        transform = fit.advance(use.plan, transform, (each.part for each in measured))
+        measured = _shown(work.stage, rows, "rows measured", engine.run(measure, tasks, Measured, work.few))
+        transform = fit.advance(use.plan, transform, (_part(each, samples) for each in measured))
     each = shards.rows_per_shard(transform)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
-    to = To(str(folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
+    to = To(str(work.folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
-    written = engine.run(write, tasks, Written, _rows(stage, rows, "rows written"))
+    written = _shown(work.stage, rows, "rows written", engine.run(write, tasks, Written, work.few))
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     return transform, every, describe.sampled(samples)
@@ -214,30 +239,35 @@ def _missing(found: Found, decided: Outcome) -> dict[str, float]:
     return {name: counts[name] / max(1, column.rows) for name, column in decided.described.columns.items()}
 
 
-def _contents(tasks: list[PieceTask], divided: Division, kept: Path, assessment: str) -> Iterator[leaks.Contents]:
-    """What the kept rows hold, piece by piece."""
+def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -> leaks.Contents:
+    """What the kept rows of a piece hold."""
     by = divided.ordering.by
-    for task in tasks:
-        table = passes.rows(kept, task.key, task.facts.number, assessment)
-        sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
-        word = {name: table[name].to_numpy() for name in table.column_names}
-        rows = np.flatnonzero(sides > 0)
-        rows = rows[np.argsort(word["position"][rows])]
-        hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
-        group = word["key"][rows] if by == "group" else None
-        instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
-        yield leaks.Contents(word["row"][rows], hashes, group, instant)
+    table = passes.rows(kept, task.key, task.facts.number, assessment)
+    sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
+    word = {name: table[name].to_numpy() for name in table.column_names}
+    at = np.full(task.facts.rows, -1)
+    at[word["position"]] = np.arange(len(sides))
+    rows = at[at >= 0]
+    rows = rows[sides[rows] > 0]
+    hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
+    group = word["key"][rows] if by == "group" else None
+    instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
+    return leaks.Contents(word["row"][rows], hashes, group, instant)
 
 
-def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
+def _shown(stage: Stage, total: int, unit: str, results: Iterator[Done]) -> Iterator[Done]:
     done = 0
-
-    def progress(result: Measured | Written) -> None:
-        nonlocal done
+    for result in results:
         done += result.rows
         stage.update(done, total, unit)
+        yield result
 
-    return progress
+
+def _part(measured: Measured, samples: list[bytes]) -> Part:
+    """What was measured; its sample goes to the others."""
+    if measured.sample:
+        samples.append(measured.sample)
+    return measured.part
 
 
 def _account(manifest: Manifest) -> str:

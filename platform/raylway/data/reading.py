@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from raylway.data import assessment, csv_read, engine, items, passes, pieces
+from raylway.data.assessment import Columns
 from raylway.data.clean import Rules
 from raylway.data.columns import Seen
 from raylway.data.csv_text import Scan
@@ -40,11 +41,17 @@ class Found:
     """What the rows were held to."""
     types: Types
     seen: dict[str, Seen]
+    columns: Columns
+    """Over all rows that could be read."""
     assessment: str
     """Name of what became of the rows, beside each piece."""
+    fresh: int
+    """Bytes of the source that were read now; the others were on disk as pieces."""
 
 
-def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Path, stage: Stage) -> Found:
+def read(
+    loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Path, stage: Stage, few: int | None
+) -> Found:
     """Read and assess the source, whatever of it is not on disk already.
 
     Rows are assessed as they are read, under the types that the source's first bytes suggest; where the whole data
@@ -57,6 +64,7 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
         past: Generations of files that were prepared before: what they hold is cut as it was then.
         kept: The folder of all pieces.
         stage: Where progress goes.
+        few: At most so many items are read by this process (`engine.run`).
 
     Raises:
         UserError: A file is damaged, a column fits no type, or there is no row.
@@ -65,10 +73,30 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
     reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
-    while True:
-        read = _pass(
-            todo, reading, functools.partial(passes.read, rules=rules, order=order, must_fit=False), kept, stage
+
+    fresh: dict[str, int] = {}
+    total = sum(part.size for item in todo for part in item.parts) / 1e6
+
+    def over(rules: Rules | None, must_fit: bool) -> tuple[list[ReadItem], Columns]:
+        bound = functools.partial(
+            passes.read, reading=reading, rules=rules, order=order, folder=str(kept), must_fit=must_fit
         )
+        read: list[ReadItem] = []
+
+        def found() -> Iterator[assessment.Found]:
+            done = 0.0
+            for item in engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, few):
+                done += item.size / 1e6
+                stage.update(min(done, total), total, "MB read")
+                fresh[item.key] = max(fresh.get(item.key, 0), item.size * item.reads)
+                yield from item.found
+                read.append(item.slim())
+
+        columns = assessment.columns_of(found())
+        return read, columns
+
+    while True:
+        read, columns = over(rules, must_fit=False)
         if not sum(facts.read for item in read for facts in item.facts):
             raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
         seen = assessment.merged([facts.seen for item in read for facts in item.facts])
@@ -80,9 +108,8 @@ def read(loaded: LoadedJob, source: Source, names: Names, past: list[Generation]
             continue
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
-            strictly = functools.partial(passes.read, rules=decided, order=order, must_fit=True)
-            read = _pass(todo, reading, strictly, kept, stage)
-        return Found(read, decided, types, seen, passes.assessment_of(decided, order))
+            read, columns = over(decided, must_fit=True)
+        return Found(read, decided, types, seen, columns, passes.assessment_of(decided, order), sum(fresh.values()))
 
 
 def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
@@ -93,20 +120,6 @@ def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | 
         return assessment.rules_of(loaded, names, types)
     except UserError:  # the whole data may be right where its beginning is not
         return None
-
-
-def _pass(
-    todo: list[Item], reading: Reading, read: Callable[..., ReadItem], kept: Path, stage: Stage
-) -> list[ReadItem]:
-    total, done = sum(part.size for item in todo for part in item.parts) / 1e6, 0.0
-
-    def progress(item: ReadItem) -> None:
-        nonlocal done
-        done += item.size / 1e6
-        stage.update(min(done, total), total, "MB read")
-
-    bound = functools.partial(read, reading=reading, folder=str(kept))
-    return engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, progress)
 
 
 def _items(parts: list[Part], past: list[Generation]) -> list[Item]:
@@ -134,7 +147,7 @@ def cut(source: Source) -> list[Part]:
     if not uncut:
         return source.parts
     every = [part for parts in uncut.values() for part in parts]
-    scans = iter(engine.run(items.scan, every, Scan, few=FEW_HERE))
+    scans = engine.run(items.scan, every, Scan, FEW_HERE)
     cut: list[Part] = []
     for index, part in enumerate(source.parts):
         pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]

@@ -76,7 +76,8 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        every = outcome.Pieces(assessed, tables, functools.partial(_count, assessed, tables))
+        columns = assessment.columns_of(assessed)
+        every = outcome.Pieces(assessed, columns, tables, functools.partial(_count, assessed, tables))
         found = outcome.conclude(loaded, source, names, rules, seen, every)
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:

@@ -67,6 +67,11 @@ class Capacity(msgspec.Struct, frozen=True):
         """Machines, by address: two Ray nodes on one machine count once."""
         return len({node.address for node in self.nodes})
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether there is one machine, and stays so."""
+        return len(self.nodes) == 1 and not self.types
+
     def most_workers(self, cpus: float, gpus: float) -> int:
         """How many workers of this size the cluster could ever hold at once."""
         now = sum(node.workers(cpus, gpus) for node in self.nodes)
