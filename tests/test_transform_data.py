@@ -13,6 +13,8 @@ from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.preprocessing import OneHotEncoder, QuantileTransformer, RobustScaler, StandardScaler
 
 from raylway.features.prepared import LINE_BITS, SPLITS, Prepared
+from raylway.job.load import load_job
+from raylway.launch.check import check
 
 ROWS = 400
 
@@ -241,3 +243,27 @@ def test_the_logarithm_of_large_numbers_close_together(tmp_path: Path) -> None:
     assert np.isfinite(wide).all()
     logged = np.log1p(frame[["z"]].to_numpy())
     close(wide[:, 1:], StandardScaler().fit_transform(logged))
+
+
+@pytest.mark.parametrize("rows", [300, 15_000])
+def test_check_says_how_wide_the_models_inputs_are(tmp_path: Path, rows: int) -> None:
+    rng = np.random.default_rng(8)
+    frame = pd.DataFrame(
+        {
+            "x": rng.normal(size=rows),
+            "n": np.where(rng.random(rows) < 0.2, np.nan, rng.integers(0, 30, rows)),
+            "c": rng.choice(list("abcde"), rows),
+            "e": rng.choice(["p", "q"], rows),
+            "d": pd.Series(pd.date_range("2020-01-01", periods=rows, freq="7h")).dt.strftime("%Y-%m-%dT%H:00"),
+            "y": rng.choice(["no", "yes"], rows),
+        }
+    )
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    section = {"bins": 6, "indicator": True, "columns": {"c": {"categories": "one_hot"}, "d": {"scale": "standard"}}}
+    data = {"source": "rows.csv", "target": "y", "transform": section, "clean": {"missing": "impute"}}
+    transform = prepared(tmp_path, data).manifest.transform
+    shown = check(load_job(tmp_path / "job.yaml"))
+    assert (shown.sample.numbers, shown.sample.codes) == (transform.num_numeric, len(transform.category_counts))
+    about = "about " if rows > 10_000 else ""
+    words = f"over 2 numeric and 2 categorical and 1 date features: {about}{transform.num_numeric} numbers and 5 codes"
+    assert words in shown.as_text()

@@ -145,6 +145,7 @@ class Preview:
     task: Task
     classes: list[str]
     roles: Roles
+    plan: FitPlan
     distinct: dict[str, int]
     usable: int
     sentences: list[str]
@@ -165,9 +166,9 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     empty = empty_columns(seen)
     where = loaded.location("data.features")
     roles = choose_features(names, types, different, rows, empty, _dates(columns.described), where)
-    fit_plan(loaded, names, roles, task, classes)
+    plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
-    return Preview(task, classes, roles, different, rows, sentences, columns.described)
+    return Preview(task, classes, roles, plan, different, rows, sentences, columns.described)
 
 
 def _dates(described: Described) -> list[str]:
