@@ -150,7 +150,7 @@ def types_of(loaded: LoadedJob, names: Names, seen: dict[str, Seen], places: Pla
     numeric = set(names.numeric)
     if loaded.job.task == "regression" and names.target in seen and "text" in seen[names.target].sources:
         column = seen[names.target]
-        if column.bad > loaded.job.data.clean.max_invalid * column.present:
+        if not loaded.job.data.clean.lets_pass(column.bad, column.present):
             raise text_target(loaded, names.target, places.cell(column.first_bad) if column.first_bad else "text")
         numeric.add(names.target)
     return decide(seen, numeric, loaded.job.data.clean, places)

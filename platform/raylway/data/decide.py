@@ -110,7 +110,7 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
         return kind, []
     if not column.numbers:
         return "string", []
-    if column.bad > clean.max_invalid * column.present:
+    if not clean.lets_pass(column.bad, column.present):
         if column.numbers < column.bad:
             return "string", []
         share = f"{column.bad} of {column.present} cells are no numbers"

@@ -219,7 +219,7 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
     if not read:
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
     clean = loaded.job.data.clean
-    if rejects and (clean.invalid == "error" or invalid > clean.max_invalid * read):
+    if rejects and (clean.invalid == "error" or not clean.lets_pass(invalid, read)):
         first = rejects[0]
         limit = "none" if clean.invalid == "error" else f"at most {100 * clean.max_invalid:.4g}% of the rows"
         column = f"column {first.column!r}: " if first.column else ""
