@@ -108,6 +108,8 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
 def _value(each: Input, categories: list[str]) -> Schema:
     kinds = {"number": ["number"], "category": ["string", "number", "boolean"], "date": ["string"]}[each.type]
     schema: Schema = {"type": kinds if each.required else [*kinds, "null"]}
+    if each.required and each.type != "number":
+        schema["minLength"] = 1  # an empty text is a missing cell
     if each.type == "date":
         schema["description"] = "a date or time in ISO 8601, such as 2013-01-01T05:00:00Z; without a zone it is UTC"
     elif categories:

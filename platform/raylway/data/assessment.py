@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raylway.data import clean, describe, division, ordering
 from raylway.data.clean import Assessed, Rules, assess
-from raylway.data.columns import Seen
+from raylway.data.columns import Cell, Seen
 from raylway.data.csv_read import Reject
 from raylway.data.decide import Places, Types, decide
 from raylway.data.describe import Described
@@ -23,6 +23,7 @@ from raylway.data.opening import Source
 from raylway.data.ordering import Ordering
 from raylway.data.roles import Names
 from raylway.errors import UserError
+from raylway.features.texts import with_commas
 from raylway.job.load import LoadedJob
 
 _SHOWN = 4
@@ -45,12 +46,13 @@ def rules_of(loaded: LoadedJob, names: Names, types: Types) -> Rules:
         places={name: loaded.location(f"data.derive.{name}") for name in names.derive},
         target=names.target,
         target_sources=sorted(names.target_sources),
-        dates=names.date,
+        dates=[*names.date, *(name for name in types.dates if name not in names.date)],
         needed=[loaded.job.data.split.column] if loaded.job.data.split.column else [],
         unhashed=[name for name in [loaded.job.data.split.column] if name in types.of and says_side],
         unused=hidden,
         drop_missing=asked.missing == "drop",
         infinite_is_missing=asked.infinite == "missing",
+        decimal=loaded.job.data.read.decimal,
         classes=classes,
     )
 
@@ -151,16 +153,25 @@ def types_of(loaded: LoadedJob, names: Names, seen: dict[str, Seen], places: Pla
     if loaded.job.task == "regression" and names.target in seen and "text" in seen[names.target].sources:
         column = seen[names.target]
         if not loaded.job.data.clean.lets_pass(column.bad, column.present):
-            raise text_target(loaded, names.target, places.cell(column.first_bad) if column.first_bad else "text")
+            first = column.first_bad
+            what = "true or false" if column.is_truth else "text"
+            raise unfit_target(loaded, names.target, what, places.cell(first) if first else what, first)
         numeric.add(names.target)
-    return decide(seen, numeric, loaded.job.data.clean, places)
+    text = {*names.categorical, *names.drop, names.target}
+    return decide(seen, numeric, text, loaded.job.data.clean, places)
 
 
-def text_target(loaded: LoadedJob, target: str, found: str) -> UserError:
+def unfit_target(loaded: LoadedJob, target: str, what: str, found: str, cell: Cell | None = None) -> UserError:
+    """The target of a regression is `what`, no number."""
     return UserError(
-        f"the target {target!r} is text, which regression can't predict",
+        f"the target {target!r} is {what}, which regression can't predict",
         where=loaded.location("data.target"),
         expected="a column of numbers",
         found=found,
-        fix="choose a numeric target, or task: classification",
+        fix=f"choose a numeric target, or task: classification{comma_hint(cell.text) if cell else ''}",
     )
+
+
+def comma_hint(cell: str) -> str:
+    """What to try if a cell that is no number would be one with a decimal comma; else nothing."""
+    return '; or write data.read.decimal: "," if that is a decimal comma' if with_commas(pa.array([cell]))[0] else ""

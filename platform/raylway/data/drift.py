@@ -58,7 +58,7 @@ def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
     required = [each.name for each in record.signature.inputs if each.required]
     rows = unreadable = 0
     found = inputs.opened(source, record.signature, job)
-    for table, rejects in inputs.tables(found, record.signature, record.transform):
+    for table, rejects in inputs.tables(found, record.signature):
         rows += table.num_rows
         unreadable += rejects
         for each in counted:

@@ -78,7 +78,7 @@ class _Placed:
     unplaced: int
     twice: int
     found: int
-    """How often the shards hold one of the rows."""
+    """How often the shards hold one of all rows."""
     groups: np.ndarray | None
     """Different pairs of group and side."""
     spans: dict[int, tuple[float, float]]
@@ -108,7 +108,10 @@ class _Sides:
             ids = _row_ids(folder / shard.file)
             self.rows += len(ids)
             if len(ids):
-                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ids[0], ids[-1]))
+                # ascending as they were written; the test does not rely on it
+                held = None if (ids[1:] > ids[:-1]).all() else np.sort(ids)
+                ends = (ids if held is None else held)[[0, -1]]
+                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ends, held))
 
     def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int, int]:
         """int8 [n], 0 where no shard has the row; how many rows stand on more than one side; and how often the shards
@@ -118,10 +121,10 @@ class _Sides:
         found = 0
         if not len(row_ids):
             return side, 0, 0
-        for number, path, first, last in self._parts:
-            if last < row_ids[0] or first > row_ids[-1]:
+        for number, path, ends, held in self._parts:
+            if ends[1] < row_ids[0] or ends[0] > row_ids[-1]:
                 continue
-            ids = _row_ids(path)
+            ids = _row_ids(path) if held is None else held
             at = np.minimum(np.searchsorted(ids, row_ids), len(ids) - 1)
             here = ids[at] == row_ids
             twice |= here & (side != 0) & (side != number)
@@ -131,9 +134,8 @@ class _Sides:
 
 
 def _row_ids(path: Path) -> np.ndarray:
-    """uint64, ascending; mapped if they were written so, on which the test does not rely."""
-    ids = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
-    return ids if (ids[1:] > ids[:-1]).all() else np.sort(ids)
+    """uint64; mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
 
 
 def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:

@@ -10,7 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from raylway.data import sides
-from raylway.data.assessment import Columns, Counted, Found, columns_of, ordering_of, text_target
+from raylway.data.assessment import (
+    Columns,
+    Counted,
+    Found,
+    columns_of,
+    comma_hint,
+    ordering_of,
+    unfit_target,
+)
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.describe import Described
@@ -115,9 +123,8 @@ def conclude(
     }
     different = _distinct(types, pieces.columns)
     empty = empty_columns(seen)
-    dates = _dates(pieces.columns.described)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, account.kept, empty, dates, where)
+    roles = choose_features(names, types, different, account.kept, empty, rules.dates, where)
     plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
@@ -126,7 +133,7 @@ def conclude(
         classes,
         roles,
         plan,
-        signature(names, roles, types, task, classes, required=rules.drop_missing),
+        signature(names, roles, types, task, classes, rules.drop_missing, loaded.job.data.read.missing_words),
         account,
         by_class,
         divided,
@@ -165,14 +172,10 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     different = _distinct(types, columns)
     empty = empty_columns(seen)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, rows, empty, _dates(columns.described), where)
+    roles = choose_features(names, types, different, rows, empty, rules.dates, where)
     plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     return Preview(task, classes, roles, plan, different, rows, sentences, columns.described)
-
-
-def _dates(described: Described) -> list[str]:
-    return [name for name, column in described.columns.items() if column.is_date]
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
@@ -208,6 +211,7 @@ def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subjec
         dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
         ("class" if found.classes else "chance") if by == "auto" else by,
         names.drop,
+        found.roles.date,
     )
 
 
@@ -229,7 +233,8 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
             where=source.places.of(first.row_id),
             expected=f"invalid rows: {limit}",
             found=f"{invalid} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
-            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid",
+            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid"
+            + comma_hint(first.cell),
         )
     return invalid
 
@@ -261,8 +266,9 @@ def _target(
     whole = all(piece.whole for piece in pieces)
     task, why = infer_task(loaded.job.task, types[names.target], whole, len(known) if named else FEW_CLASSES + 1, rows)
     if task == "regression":
-        if types[names.target] == "string":
-            raise text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
+        if types[names.target] in ("string", "bool"):
+            what = "text" if types[names.target] == "string" else "true or false"
+            raise unfit_target(loaded, names.target, what, ", ".join(sorted(known)[:3]) or what)
         return task, why, []
     classes = sorted_names(known)
     if len(classes) < 2 and whole_data:

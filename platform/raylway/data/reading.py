@@ -72,8 +72,8 @@ def read(
     todo = _items(cut(source), past)
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
-
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, [], how.decimal, how.missing_words)
     fresh: dict[str, int] = {}
     total = sum(part.size for item in todo for part in item.parts) / 1e6
 
@@ -114,7 +114,9 @@ def read(
 
 def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
     """The rules under the types that the source's first bytes suggest; None where they suggest none."""
-    piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, _EXPECT_BYTES, [], how.decimal, how.missing_words)
+    piece, _ = items.read_head(source.parts[0], reading)
     try:
         types = assessment.types_of(loaded, names, piece.facts.seen, source.places)
         return assessment.rules_of(loaded, names, types)

@@ -26,7 +26,7 @@ from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
