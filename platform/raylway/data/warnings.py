@@ -251,7 +251,8 @@ def _tells_number(cells: np.ndarray, is_number: bool, aim: np.ndarray) -> str:
     if len(aim) < _LEAST_ROWS or len(np.unique(cells)) < 2 or len(np.unique(aim)) < 2:
         return ""
     if is_number:
-        together = float(np.corrcoef(cells, aim)[0, 1])
+        with np.errstate(all="ignore"):  # of numbers without a spread or beyond the doubles nothing is told
+            together = float(np.corrcoef(cells, aim)[0, 1])
         if abs(together) > _CORRELATED:
             return f"their correlation is {together:.5f}"
         ranks = float(np.corrcoef(_ranks(cells), _ranks(aim))[0, 1])
