@@ -55,6 +55,11 @@ class Output(msgspec.Struct, frozen=True):
         return Path(self.place).absolute()
 
     @property
+    def scheme(self) -> str:
+        """Of a remote output."""
+        return self.place.partition("://")[0]
+
+    @property
     def key(self) -> str:
         """Of a remote output: bucket and path."""
         return self.place.partition("://")[2]
@@ -101,7 +106,9 @@ def output_of(place: str | None, wanted: str | None) -> Output:
     scheme = place.partition("://")[0] if "://" in place else ""
     refuse_credentials(place, "--output")
     if scheme and scheme not in remote.SCHEMES:
-        raise UserError("answers can't be written there", place, "a path or s3://bucket/path", f"{scheme}://")
+        raise UserError(
+            "answers can't be written there", place, "a path, s3://bucket/path or gs://bucket/path", f"{scheme}://"
+        )
     return Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
 
 
@@ -114,7 +121,7 @@ def refuse_taken(output: Output) -> None:
     """
     is_taken = output.is_folder and not output.is_remote and output.path.exists()
     if output.is_remote:
-        system = remote.system()
+        system = remote.system(output.scheme)
         try:
             there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
@@ -248,7 +255,7 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
             _append(parts.refused, file)
         moved.append((whole, REJECTS))
     if output.is_remote:
-        system, prefix = remote.system(), output.key
+        system, prefix = remote.system(output.scheme), output.key
         for path, name in moved:
             _upload(path, system, f"{prefix}/{name}")
         with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
@@ -272,7 +279,7 @@ def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
         file.flush()
         os.fsync(file)
     if output.is_remote:
-        system, address = remote.system(), output.key
+        system, address = remote.system(output.scheme), output.key
         if parts.refused:
             _upload(refused, system, f"{address}.{REJECTS}")
         elif system.get_file_info(f"{address}.{REJECTS}").type == pafs.FileType.File:

@@ -32,6 +32,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL, OPTIMIZER = "model.", "optim."
+_NOT_SAVED = ("params", "foreach", "fused")
 _NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
 
 
@@ -71,7 +72,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Length of metrics.jsonl at this step."""
     scaler: dict[str, Any]
     optimizer: list[dict[str, Any]]
-    """The optimizer's groups, without their parameters."""
+    """From `settings_of`."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,17 +166,31 @@ def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's groups without their parameters, as JSON holds them."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """The optimizer's groups, each with the optimizer's `kind`, as JSON holds them; without their parameters, and
+    without what is chosen for this machine."""
+    kind = {"kind": type(optimizer).__name__}
+    return [
+        kind | {key: value for key, value in group.items() if key not in _NOT_SAVED} for group in optimizer.param_groups
+    ]
 
 
 def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state where training left them; each rank reads the parts it holds.
 
     Raises:
-        UserError: The checkpoint is of another model.
+        UserError: The checkpoint is of another model or optimizer.
     """
     _refuse_another(found, model)
+    saved = found.state.optimizer
+    kinds = [[str(settings.get("kind")) for settings in groups] for groups in (settings_of(optimizer), saved)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            "the checkpoint is of another optimizer",
+            where=str(found.folder),
+            expected=f"the state of {kinds[0][0]}",
+            found=f"that of {', '.join(dict.fromkeys(kinds[1]))}",
+            fix="remove the run's folder to train with the changed optimizer from the start",
+        )
     here = model.module.state_dict()
     for key, part in found.tensors(MODEL, lambda key, shape: place_of(here[key]) if key in here else None).items():
         local(here[key]).copy_(part)
@@ -196,9 +211,10 @@ def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {parameter: place for place, parameter in enumerate(order)}
     groups = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        group
+        | {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in group}
         | {"params": [index[parameter] for parameter in group["params"]]}
-        for settings, group in zip(found.state.optimizer, optimizer.param_groups, strict=True)
+        for settings, group in zip(saved, optimizer.param_groups, strict=True)
     ]
     state = {index[parameter]: entries[parameter] for parameter in order if parameter in entries}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

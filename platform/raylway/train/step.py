@@ -32,6 +32,8 @@ class Agreed(NamedTuple):
     finite: bool
     """The loss and the gradient's norm are finite numbers on every rank."""
     wish: Wish
+    batch: int
+    """Tells which rows the global batch had (`feed.loader.Batch.digest`)."""
 
 
 def seed_random(device: torch.device, seed: int) -> None:
@@ -79,7 +81,9 @@ def forward_backward(model: Parallel, batch: Batch, task: Task) -> torch.Tensor:
     return total
 
 
-def agree(group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, wish: Wish) -> Agreed:
+def agree(
+    group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, digest: int, wish: Wish
+) -> Agreed:
     """One small all-reduce: afterwards every rank decides the same. All ranks call it once a step.
 
     Args:
@@ -87,14 +91,15 @@ def agree(group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, 
         loss_sum: This rank's, float64 scalar.
         norm: Of the gradient.
         num_rows: Rows of the step over all ranks.
+        digest: Of this rank's rows (`feed.loader.Batch`); of ranks that share their rows one has it, the others 0.
         wish: This rank's.
     """
     finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-    wishes = torch.tensor([wish.save, wish.stop], dtype=torch.float64, device=loss_sum.device)
-    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), wishes])
+    own = torch.tensor([wish.save, wish.stop, digest], dtype=torch.float64, device=loss_sum.device)
+    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), own])
     dist.all_reduce(facts, group=group)
-    loss, not_finite, save, stop = facts.tolist()
-    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)))
+    loss, not_finite, save, stop, digest = facts.tolist()
+    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)), int(digest))
 
 
 def refuse_divergence(agreed: Agreed, norm: torch.Tensor, step: int, may_skip: bool, skipped_in_a_row: int) -> None:

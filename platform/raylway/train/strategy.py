@@ -74,6 +74,11 @@ class Groups:
         return self.rank // self.division.sharers
 
     @property
+    def counts_rows(self) -> bool:
+        """Of ranks that see the same rows one counts them."""
+        return self.rank % self.division.sharers == 0
+
+    @property
     def random_rank(self) -> int:
         """Ranks that compute one layer together draw the same random numbers, all others their own."""
         return self.data_rank if self.division.kind == "tensor" else self.rank
