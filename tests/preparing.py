@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 
 from raylway.data import assessment, columns, items, opening, prepare, roles
@@ -40,7 +41,8 @@ def read(folder: Path, step: int = 1 << 20, **data: Any) -> tuple[pa.Table, list
             parts += items.placed([(each, items.scan(each)) for each in cut]) or [part]
         else:
             parts.append(part)
-    reading = items.Reading(source.columns, names.numeric, step)
+    how = loaded.job.data.read
+    reading = items.Reading(source.columns, names.numeric, step, [], how.decimal, how.missing_words)
     while True:
         pieces = [piece for item in items.grouped(parts, step) for piece in items.read(item, reading)]
         seen = assessment.merged([piece.facts.seen for piece in pieces])
@@ -48,11 +50,11 @@ def read(folder: Path, step: int = 1 << 20, **data: Any) -> tuple[pa.Table, list
         again = [name for name, each in seen.items() if types.of[name] == "string" and each.lossy]
         if not again:
             break
-        reading = items.Reading(source.columns, names.numeric, step, again)
+        reading = msgspec.structs.replace(reading, as_text=again)
     tables = [
         pa.table(
             {
-                name: columns.final(piece.table[name].combine_chunks(), types.of[name], False)[0]
+                name: columns.final(piece.table[name].combine_chunks(), types.of[name], False, how.decimal)[0]
                 for name in source.columns
             }
         )

@@ -58,14 +58,18 @@ class Findings:
         dates = f" and {len(self.sample.date)} date" if self.sample.date else ""
         inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical{dates} features"
         shape = f"hidden {model.hidden}, dropout {model.dropout:g}" if model.kind == "mlp" else f"args {model.args}"
-        yield f"model       {model.kind} ({shape}) over {inputs}"
+        about = "" if self.sample.fitted == self.sample.rows else "about "
+        widths = f"{about}{self.sample.numbers:,} numbers and {self.sample.codes:,} codes for a row"
+        yield f"model       {model.kind} ({shape}) over {inputs}: {widths}"
 
     def _training(self) -> Iterator[str]:
         found, job = self.plan, self.loaded.job.train
         size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
         yield f"workers     {found.workers} with {size} each, {found.precision}"
+        yield f"parallel    {found.division}"
+        sharing = f"groups of {found.division.sharers}" if found.division.sharers > 1 else "workers"
         yield (
-            f"step        global batch {found.global_batch:,} = {found.workers} workers x {found.accumulation} "
+            f"step        global batch {found.global_batch:,} = {found.data_ranks} {sharing} x {found.accumulation} "
             f"microbatches of at most {found.microbatch:,} rows"
         )
         yield f"length      {found.total_steps:,} steps = {found.epochs:g} epochs of {found.steps_per_epoch:,} steps"
@@ -129,8 +133,8 @@ def check(loaded: LoadedJob) -> Findings:
             sample.task,
             sample.train,
             sample.validation,
-            len(sample.numeric),
-            len(sample.categorical),
+            sample.numbers,
+            sample.codes,
             machine.gpus if machine else 0,
         )
         if machine:

@@ -27,6 +27,8 @@ class Microbatch:
     """int64 [n] class codes, or float64 [n] standardised values"""
     weight: torch.Tensor
     """float64 [n]: 1 or that of the row's class; 0 for the one row that stands in where a rank has none"""
+    stands_in: bool = False
+    """It is such a row, so that every rank makes the same passes."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,12 @@ class Feed:
         return batch
 
     def epoch(self) -> Iterator[Microbatch]:
-        """This rank's share of all rows once, for evaluation; nothing for a rank without rows."""
-        first, last = share(self._order.num_rows, self._share.rank, self._share.workers)
-        for start in range(first, last, self._share.microbatch):
-            yield self._tensors(np.arange(start, min(start + self._share.microbatch, last)))[0]
+        """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
+        mine, num_rows = self._share, self._order.num_rows
+        first, last = share(num_rows, mine.rank, mine.workers)
+        for index in range(num_microbatches(num_rows, mine.workers, mine.microbatch)):
+            start = first + index * mine.microbatch
+            yield self._tensors(np.arange(start, min(start + mine.microbatch, last)))[0]
 
     def _read(self, step: int) -> Batch:
         mine = self._share
@@ -120,6 +124,7 @@ class Feed:
                 self._device, torch.float64 if self._target.task == "regression" else torch.int64
             ),
             torch.from_numpy(weight).to(self._device),
+            is_stand_in,
         )
         return microbatch, row_ids[:0] if is_stand_in else row_ids
 
