@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Literal
@@ -136,6 +137,13 @@ def chosen(names: list[str], declared: Format | None) -> list[str]:
 def is_hidden(path: str) -> bool:
     """Files that tools leave beside data (`.DS_Store`, `_SUCCESS`, `__MACOSX/`) begin with a dot or an underscore."""
     return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
+
+
+def is_spelled(pattern: str) -> bool:
+    """Whether a glob names hidden files itself: one of its parts begins with a dot or an underscore, `_*.csv`."""
+    parts = pattern.split("/")
+    until = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return any(part.startswith((".", "_")) for part in parts[until:])
 
 
 def unknown_format(text: str, where: str) -> UserError:
