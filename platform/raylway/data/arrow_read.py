@@ -215,10 +215,9 @@ def stored(
     array = _plain(column, name, where)
     if pa.types.is_null(array.type) or array.null_count == len(array):
         return pa.nulls(len(array)), Seen([source], ["null"], missing=len(array))
-    if pa.types.is_decimal(array.type):
-        return examine(array.cast(pa.string()), row_ids, keep_text=False, source=source)
-    if pa.types.is_uint64(array.type):
-        fits = pc.max(array).as_py() < 2**63
+    if pa.types.is_uint64(array.type) or pa.types.is_decimal(array.type):
+        least, most = pc.min_max(array).as_py().values()
+        fits = least >= -(2**63) and most < 2**63
         array = array.cast(pa.int64() if fits else pa.string())
         if not fits:
             return examine(array, row_ids, keep_text=True, source=source)
@@ -250,7 +249,7 @@ def stored(
 
 
 def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
-    """One array without dictionary, of null, bool, an integer, real or decimal type, or text."""
+    """One array without dictionary, of null, bool, an integer or real type, decimals without a fraction, or text."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -261,8 +260,12 @@ def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
     flat = (
         pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
     )
-    if flat or pa.types.is_decimal(kind):
+    if flat:
         return array
+    if pa.types.is_decimal(kind):
+        if kind.scale == 0:  # an identifier of 20 digits is no double
+            return array
+        return array.cast(pa.string()).cast(pa.float64())  # the direct way misses the nearest double
     if pa.types.is_large_string(kind) or pa.types.is_string(kind) or str(kind) == "string_view":
         return array.cast(pa.string())
     if pa.types.is_date(kind):

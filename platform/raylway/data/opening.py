@@ -174,6 +174,8 @@ def _from_json(files: list[Location], asked: Asked, head: bool) -> Source:
     # null where others have an object is an absent object, not a column
     valued = {name for names in found for name, has_value in names.items() if has_value}
     columns = [name for name in every if name in valued or not any(other.startswith(f"{name}.") for other in every)]
+    if not columns:
+        _refuse_other_lines(files)
     check_columns(columns, files[0].name)
     for location in files:
         _with_partitions(columns, location)
@@ -214,6 +216,20 @@ def _keys(location: Location, asked: Asked, head: bool) -> dict[str, bool]:
         if head:
             break
     return found
+
+
+def _refuse_other_lines(files: list[Location]) -> None:
+    """Files without any object are empty or of another form, such as one array over many lines."""
+    for location in files:
+        for body, line in lines_read.bodies(location, _lines(0, location, []).heading, _STEP):
+            for reject in lines_read.parse_json(body, line, []).rejects:
+                raise UserError(
+                    reject.reason,
+                    where=f"{location.name}:{reject.row_id}",
+                    expected="JSON Lines: on each line one object",
+                    found=reject.cell[:200],
+                    fix="write it so (pandas: to_json(..., orient='records', lines=True))",
+                )
 
 
 def _lines(index: int, location: Location, columns: list[str]) -> Stream:

@@ -134,6 +134,10 @@ class Clean(Section):
     infinite: Literal["error", "missing"] = "error"
     """An infinite number stops the job, or counts as an empty cell."""
 
+    def lets_pass(self, invalid: int, rows: int) -> bool:
+        """Whether so many of so many rows may be invalid; 29% of 100 rows are 29, whatever rounding makes of it."""
+        return invalid <= self.max_invalid * rows * (1 + 1e-12)
+
 
 class At(Section):
     """Where a split by time is cut; a date or time in ISO 8601, or a number if the column holds numbers."""
