@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pandas._libs.parsers import STR_NA_VALUES
 
 from raylway.data import arrow_read, columns
 from raylway.data.columns import Seen
@@ -88,6 +89,7 @@ def test_the_type_does_not_depend_on_the_pieces(texts, cut, share):
         (["NA", "nan", "null", "1.5"], "float64", [None, None, None, 1.5]),
         (["NA", "2", "None"], "int64", [None, 2, None]),
         (["NA", "N/A"], "string", ["NA", "N/A"]),
+        ([*sorted(STR_NA_VALUES - {""}), "1"], "int64", [None] * (len(STR_NA_VALUES) - 1) + [1]),
         (["007", "012"], "string", ["007", "012"]),
         (["0.5", "0"], "float64", [0.5, 0.0]),
         (["9223372036854775808", "1"], "string", ["9223372036854775808", "1"]),

@@ -52,7 +52,7 @@ def trained(folder: Path) -> Run:
     table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
     splits = {"train": table, "validation": table.slice(0, 2), "test": table.slice(2, 2)}
     found = make_run(folder, make(folder / "prepared", splits, "ripe"))
-    made(table, "ripe", KINDS).stage(found.bundle)
+    made(table, "ripe", KINDS, steps=30).stage(found.bundle)
     return found
 
 

@@ -22,8 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparing import job, prepared
 
+from raylway.bundle.contents import load
 from raylway.bundle.rows import InvalidRows, RowReader
 from raylway.data import inputs, sources
+from raylway.data.drift import drift
 from raylway.errors import UserError
 from raylway.features.prepared import LINE_BITS, SPLITS, Prepared
 from raylway.features.transform import Encoded
@@ -438,7 +440,8 @@ def test_a_run_predicts_its_own_rows_as_it_evaluated_them(tmp_path: Path) -> Non
     same = answers.loc[evaluated.index]
     probabilities = [name for name in evaluated.columns if name.startswith("p_")]
     np.testing.assert_array_equal(same[probabilities].to_numpy(), evaluated[probabilities].to_numpy())
-    done = raylway("drift", "made", "rows.csv", folder=tmp_path)
-    assert done.returncode == 0, done.stdout
-    signature = json.loads((run / "bundle" / "bundle.json").read_text())["signature"]
-    assert signature["missing"] == ["-999"]
+    record = load(run / "bundle").record
+    compared = drift(record, str(tmp_path / "rows.csv"), loaded.job)
+    assert (compared.rows, compared.unreadable) == (4 * ROWS, 0)
+    assert not any(shift.reasons for shift in compared.shifts)
+    assert record.signature.missing == ["-999"]

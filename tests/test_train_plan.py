@@ -99,3 +99,58 @@ def test_what_can_not_be_is_refused_with_its_key(arguments: dict[str, Any], wher
         planned(**arguments)
     assert caught.value.where == where
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "gpus", "workers", "data_ranks", "microbatch", "accumulation"),
+    [
+        ({"parallel": {"shard": 2}}, 0, 2, 2, 64, 1),
+        ({"parallel": {"tensor": 2}}, 0, 2, 1, 128, 1),
+        ({"parallel": {"pipeline": 2}}, 0, 2, 1, 16, 8),
+        ({"parallel": {"pipeline": 2}, "microbatch": 50}, 0, 2, 1, 50, 3),
+        ({"parallel": {"pipeline": 3}}, 8, 6, 2, 6, 11),
+        ({"parallel": {"tensor": 4}}, 8, 8, 2, 64, 1),
+        ({"parallel": {"shard": 2}, "workers": 6}, 0, 6, 6, 22, 1),
+        ({"parallel": {"tensor": 2}, "workers": 6}, 0, 6, 3, 43, 1),
+    ],
+)
+def test_workers_are_copies_times_parts(
+    train: dict[str, Any], gpus: int, workers: int, data_ranks: int, microbatch: int, accumulation: int
+) -> None:
+    found = planned(1_000, gpus=gpus, global_batch=128, **train)
+    assert (found.workers, found.data_ranks) == (workers, data_ranks)
+    assert (found.microbatch, found.accumulation) == (microbatch, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "where", "words"),
+    [
+        ({"workers": 3, "parallel": {"shard": 2}}, {}, "train.workers", "multiple of 2: workers = copies x"),
+        ({"parallel": {"tensor": 2}}, {"hidden": [4, 7]}, "train.parallel.tensor", "multiples of 2"),
+        ({"parallel": {"tensor": 2}}, {"hidden": []}, "train.parallel.tensor", "hidden layers"),
+        ({"parallel": {"pipeline": 4}}, {}, "train.parallel.pipeline", "at most 3"),
+        ({"parallel": {"pipeline": 2}, "microbatch": 128}, {}, "train.microbatch", "2 or more microbatches"),
+        ({"parallel": {"pipeline": 2}, "global_batch": 1}, {}, "train.microbatch", "raise train.global_batch"),
+        ({"parallel": {"shard": 2}}, {"kind": "mine:net"}, "train.parallel.shard", "model of your own"),
+        ({"parallel": {"tensor": 2}}, {"kind": "mine:net"}, "train.parallel.tensor", "model of your own"),
+        ({"parallel": {"pipeline": 2}}, {"kind": "mine:net"}, "train.parallel.pipeline", "model of your own"),
+        ({"parallel": {"shard": 2}, "precision": "fp16"}, {}, "train.parallel.shard", "fp16"),
+        ({"parallel": {"shard": 2}, "optimizer": {"kind": "muon"}}, {}, "train.parallel.shard", "muon"),
+        ({"parallel": {"tensor": 2}, "optimizer": {"kind": "muon"}}, {}, "train.parallel.tensor", "muon"),
+    ],
+)
+def test_what_a_divided_model_can_not_have_is_refused(
+    train: dict[str, Any], model: dict[str, Any], where: str, words: str
+) -> None:
+    job = Job.model_validate(
+        {
+            "name": "case",
+            "data": {"source": "a.csv", "target": "t"},
+            "model": model,
+            "train": {"global_batch": 128, **train},
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        plan(job, "classification", 1_000, 10, 4, 1, 0)
+    assert caught.value.where == where
+    assert words in str(caught.value)

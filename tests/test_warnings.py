@@ -209,6 +209,15 @@ def test_values_that_look_alike_are_named(tmp_path: Path) -> None:
     assert second.startswith("column 'answer'") and "' yes', 'yes'" in second and "a class of its own" in second
 
 
+@pytest.mark.parametrize("form", ["{:,}.5", "${}.25", "{}%", "{} €"])
+def test_numbers_in_another_spelling_are_named(tmp_path: Path, form: str) -> None:
+    frame = ordinary()
+    frame["price"] = [form.format(1000 + number) for number in range(ROWS)]
+    frame["version"] = ["1.2.3", "10.0.1", "2013.1.2"] * (ROWS // 3)
+    (found,) = (each for each in warned(tmp_path, frame) if "look like numbers" in each)
+    assert found.startswith("column 'price'") and repr(form.format(1000)) in found
+
+
 def test_classes_with_few_rows_are_named(tmp_path: Path) -> None:
     frame = ordinary()
     frame.loc[:4, "answer"] = "perhaps"

@@ -111,7 +111,7 @@ def examine(
     if not len(values):
         return pa.nulls(len(texts)), Seen([source], ["null"], missing=missing)
     read = numbers(values, decimal)
-    is_word = missing_words(values)
+    is_word = np.zeros(len(values), bool) if read.is_number.all() else missing_words(values)
     is_bad = ~read.is_number & ~is_word
     is_infinite = np.isinf(read.floats)
     seen = Seen([source], ["string"], missing=missing, present=len(texts) - missing)
@@ -150,7 +150,7 @@ def as_numbers(stored: pa.Array, whole: bool, decimal: Decimal = ".") -> tuple[p
     """A stored column of text as int64 or float64, and which of its N cells are neither number nor missing."""
     values = stored.dictionary
     read = numbers(values, decimal)
-    is_word = missing_words(values)
+    is_word = np.zeros(len(values), bool) if read.is_number.all() else missing_words(values)
     usable = read.is_integer if whole else read.is_number
     table = pa.array(read.integers if whole else read.floats, mask=~usable)
     invalid = pa.array(~usable & ~is_word).take(stored.indices)

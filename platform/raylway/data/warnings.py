@@ -31,6 +31,10 @@ _LEAST_ROWS = 50
 """Of a sample: fewer prove nothing."""
 _CHANCE = 0.01
 """How often the test of train against test may be wrong by chance, over all columns (Bonferroni)."""
+_PLAIN_NUMBER = re.compile(r"\s*[+-]?[\d.]+\s*", re.ASCII)
+_OTHER_NUMBER = re.compile(
+    r"[+-]?[$€£¥]? ?(\d{1,3}([,.'\u00a0\u202f]\d{3})+([.,]\d+)?|\d+([.,]\d+)?) ?[%$€£¥]?", re.ASCII
+)
 _ID_NAME = re.compile(
     r"(?i:(?:^|[_. -])(?:id|ids|uuid|guid|key|index|rowid|rownum|no|nr)$|^unnamed|"
     r"(?:user|customer|client|order|account|item|product|patient|session|transaction|record|case|member|employee|"
@@ -80,7 +84,7 @@ def find(subject: Subject, sample: pa.Table | None) -> list[str]:
     found += _small_classes(subject)
     if sample is not None and sample.num_rows:
         found += [*_give_aways(subject, sample), *_different_sides(subject, sample), *_time_order(subject, sample)]
-        found += _spelt_alike(subject, sample)
+        found += [*_spelt_alike(subject, sample), *_other_numbers(subject, sample)]
     return found
 
 
@@ -177,6 +181,22 @@ def _spelt_alike(subject: Subject, sample: pa.Table) -> Iterator[str]:
                 f"column {name!r} holds values that differ in blanks, capitals or the form of an accent only: {shown}. "
                 f"Each is a {'class' if name == subject.target else 'category'} of its own; write them alike in the "
                 "source if they mean the same"
+            )
+
+
+def _other_numbers(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    """Columns of text that people read as numbers: `$5`, `12%`, `1,234.5`; `_decimal_commas` has the others."""
+    for name, column in subject.columns.items():
+        if name in (subject.target, *subject.dropped) or not pa.types.is_string(sample.schema.field(name).type):
+            continue
+        if column.has_decimal_commas:
+            continue
+        texts = [text for text in pc.unique(sample[name]).drop_null().to_pylist() if not _PLAIN_NUMBER.fullmatch(text)]
+        alike = [text for text in texts if _OTHER_NUMBER.fullmatch(text.strip())]
+        if alike and len(alike) > _NEARLY * len(texts):
+            yield (
+                f"column {name!r} is text although its cells look like numbers, such as {alike[0]!r}: it is read as "
+                "categories or not at all. Write them with digits and a decimal point only"
             )
 
 

@@ -18,8 +18,12 @@ from raylway.features.schema import canonical_text
 Values = Literal["text", "number", "boolean"]
 """What a column holds, once that is decided."""
 Decimal = Literal[".", ","]
-MISSING_WORDS = ("NA", "N/A", "NaN", "nan", "null", "NULL", "None")
-"""Missing in a column whose other cells are all numbers, all true and false or all dates; in text they are values."""
+MISSING_WORDS = (
+    *("NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "#N/A N/A", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+)
+"""Those of pandas. Missing in a column whose other cells are all numbers, all true and false or all dates; in text they
+are values."""
 
 _BLANKS = " \t"
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$|^[+-]?(?i:inf|infinity)$"

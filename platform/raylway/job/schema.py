@@ -300,8 +300,8 @@ class Parallel(Section):
         chosen = [name for name in ("shard", "tensor", "pipeline") if getattr(self, name) > 1]
         if len(chosen) > 1:
             raise ValueError(f"expected one of shard, tensor and pipeline above 1; found {' and '.join(chosen)}")
-        if "schedule" in self.model_fields_set and self.pipeline == 1:
-            raise ValueError("expected schedule with a pipeline above 1 only")
+        if self.schedule != "1f1b" and self.pipeline == 1:
+            raise ValueError(f"expected schedule with a pipeline above 1 only; found {self.schedule}")
         return self
 
 

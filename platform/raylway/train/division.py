@@ -112,6 +112,13 @@ def _refuse_misfits(job: Job, found: Division) -> None:
             expected="train.precision fp32, bf16 or auto beside train.parallel",
             found="fp16",
         )
+    if job.train.optimizer.kind == "muon" and found.kind != "pipeline":
+        raise UserError(
+            "muon needs whole matrices",
+            where=where,
+            expected="adam, adamw or sgd beside shard and tensor; or a pipeline",
+            found=f"train.optimizer.kind muon with {found.kind} {found.parts}",
+        )
     layers = len(model.hidden) + 1
     if found.kind == "pipeline" and found.parts > layers:
         raise UserError(
