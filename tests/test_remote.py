@@ -133,6 +133,14 @@ def test_credentials_in_an_address_are_written_nowhere(tmp_path: Path) -> None:
     assert_nowhere(SECRET, tmp_path, done)
 
 
+@pytest.mark.parametrize("place", ["s3://rows/runs", "gs://rows/runs", "https://made.example/runs"])
+def test_runs_are_kept_in_folders_only(tmp_path: Path, place: str) -> None:
+    frame(20).to_csv(tmp_path / "rows.csv", index=False)
+    job(tmp_path, "rows.csv")
+    done = raylway("prepare", "job.yaml", "--set", f"storage={place}", folder=tmp_path)
+    assert done.returncode == 2 and "storage must be a folder" in done.stderr and place in done.stderr
+
+
 def test_wrong_credentials_of_s3(s3_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store_named(monkeypatch, {**s3_server.variables, "AWS_SECRET_ACCESS_KEY": "wrong"}):
         told = refusal(tmp_path, "s3://rows/odd")

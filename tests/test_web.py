@@ -276,6 +276,19 @@ def test_http_is_read_without_a_login_and_through_a_proxy(tmp_path: Path, monkey
         assert read(tmp_path, source=address)[0].num_rows == 10
 
 
+def test_a_login_stays_with_its_server(
+    web: Web, https_server: tuple[Web, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password n0t\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    content = frame(10).to_csv(index=False).encode()
+    with web_server.serving(https_server[1]) as other:
+        there = other.put("rows.csv", content, login=login("me", "n0t"))
+        assert read(tmp_path, source=there)[0].num_rows == 10
+        here = web.put("from.csv", statuses=[302] * 9, headers={"Location": there})
+        assert "401" in refusal(tmp_path, here)
+
+
 def test_a_login_is_written_nowhere(web: Web, tmp_path: Path) -> None:
     secret = "n0t-for-any-log-5d2b"
     (tmp_path / "home").mkdir()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import weakref
 
 import msgspec
 import urllib3
@@ -34,6 +35,7 @@ class Copy:
     def __init__(self, location: Location) -> None:
         self.location = location
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - goes with the copy
+        weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         self._bytes, self._is_whole, self._checksum = 0, False, ""
 
