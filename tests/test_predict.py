@@ -226,7 +226,7 @@ def test_a_web_server_is_read_as_the_disk_is(run: Run, tmp_path: Path, web: Web)
     (tmp_path / "new.csv").write_text(frame.to_csv(index=False) + "oops,red\n")
     frame.to_parquet(tmp_path / "new.parquet", row_group_size=100)
     for name in ("new.csv", "new.parquet"):
-        here, there = tmp_path / "here.csv", tmp_path / "there.csv"
+        here, there = tmp_path / f"here of {name}.csv", tmp_path / f"there of {name}.csv"
         predict(run, tmp_path / name, here)
         address = web.put(f"a b/{name}", (tmp_path / name).read_bytes())
         assert predict(run, address, there).rejected == (name == "new.csv")

@@ -196,8 +196,8 @@ def test_lists_of_a_dropped_column_tell_rows_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.jsonl", b'[{"a":1,"y":"p"}]', ["no JSON Lines", "rows.jsonl:1", "orient='records'"]),
-        ("rows.jsonl", b'\n{\n "a": 1\n}\n', ["no JSON Lines", "rows.jsonl:2", "not JSON"]),
+        ("rows.jsonl", b'[{"a":1,"y":"p"}]', ["on each line one object", "rows.jsonl:1", "orient='records'"]),
+        ("rows.jsonl", b'\n{\n "a": 1\n}\n', ["on each line one object", "rows.jsonl:2", "not JSON"]),
         ("rows.json", b"{}", ["no known format", "data.read.format"]),
         ("rows.zip", archive(("rows.csv.gz", gzip.compress(CSV))), ["holds a packed file", "rows.csv.gz"]),
         ("rows.zip", archive(("rows.csv", CSV))[:-9], ["the archive is damaged"]),

@@ -182,24 +182,8 @@ def _from_json(files: list[Location], asked: Asked, head: bool) -> Source:
     present = [[name for name in columns if name in names] for names in found]
     parts: list[Part] = [_lines(index, location, columns) for index, location in enumerate(files)]
     columns = [*columns, *(name for location in files for name in location.partitions)]
-    if not every:
-        _refuse_other_json(parts)
     notes = _lacking(files, present, list(dict.fromkeys(columns)))
     return Source("jsonl", [location.name for location in files], list(dict.fromkeys(columns)), parts, notes)
-
-
-def _refuse_other_json(parts: list[Part]) -> None:
-    """None of the files has a column: say so of the first line that is no object."""
-    for part in parts:
-        body, line = next(lines_read.bodies(part.location, Heading("", [], 0, 1), _STEP), (b"", 1))
-        if rejects := lines_read.parse_json(body, line, []).rejects:
-            raise UserError(
-                "the file is no JSON Lines",
-                where=f"{part.location.name}:{rejects[0].row_id}",
-                expected="one object in each line",
-                found=rejects[0].reason,
-                fix="write one object a line (pandas: to_json(..., orient='records', lines=True))",
-            )
 
 
 def _keys(location: Location, asked: Asked, head: bool) -> dict[str, bool]:
