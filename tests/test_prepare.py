@@ -328,6 +328,15 @@ def test_a_constant_column_is_zero(tmp_path):
     assert (everything(prepared(tmp_path, {"source": "rows.csv", "target": "alarm"}))["base"] == 0).all()
 
 
+def test_a_derived_column_may_read_no_column(tmp_path):
+    rows = "".join(f"{n - 10.5},{'red' if n % 3 else 'blue'},{n > 10}\n" for n in range(22))
+    (tmp_path / "rows.csv").write_text("signal,colour,alarm\n" + rows)
+    derive = {"one": "1", "is_red": "colour == 'red'"}
+    found = everything(prepared(tmp_path, {"source": "rows.csv", "target": "alarm", "derive": derive}))
+    assert len(found) == 22 and (found["one"] == 0).all()
+    assert found["is_red"].nunique() == 2
+
+
 def test_whole_numbers_as_categories_have_one_name(tmp_path):
     stores = [str(n % 4 + 1) for n in range(24)]
     (tmp_path / "a.csv").write_text(

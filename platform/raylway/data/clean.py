@@ -96,7 +96,10 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     full = table
     for name, text in rules.derive.items():
         each = derivation(text, rules.places[name])
-        read = pa.table({column: _plain(full[column]) for column in full.column_names if column in each.columns})
+        read = full
+        for place, column in enumerate(full.column_names):
+            if column in each.columns:
+                read = read.set_column(place, column, _plain(full[column]))
         column = each.evaluate(read)
         if isinstance(each, Step):
             each.check(read, column)
