@@ -136,9 +136,15 @@ def test_a_callers_mistake_is_named(client: httpx.Client, row: Any, feature: str
     assert ask(client, GOOD)[1]["predictions"] == ["yes"]
 
 
-@pytest.mark.parametrize("value", [5, 5.0, True, "blue", "", "NA", "x" * 5000])
+@pytest.mark.parametrize("value", [5, 5.0, True, "blue", "NA", "x" * 5000])
 def test_a_category_that_training_did_not_see_is_accepted(client: httpx.Client, value: Any) -> None:
     assert ask(client, GOOD | {"colour": value})[1]["predictions"] == ["yes"]
+
+
+def test_an_empty_text_is_a_missing_cell_as_in_a_file(client: httpx.Client) -> None:
+    status, answer = ask(client, GOOD | {"colour": ""})
+    assert status == 422
+    assert "colour" in json.dumps(answer)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "null", "1" + "0" * 400])
