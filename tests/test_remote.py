@@ -183,7 +183,7 @@ def test_what_can_not_be_read_is_told(bucket: Bucket, tmp_path: Path, monkeypatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     remote.system.cache_clear()
     told = refusal(tmp_path, "s3://rows/odd")
-    assert "refuses these credentials" in told
+    assert "the bucket refuses these credentials" in told
     assert "AWS_ACCESS_KEY_ID" in told
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_ports(1)[0]}")
     remote.system.cache_clear()

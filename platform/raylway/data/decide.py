@@ -92,7 +92,7 @@ def refuse_infinite(
                 f"the column {name!r} holds an infinite number",
                 where=places.of(cell.row_id),
                 expected="finite numbers",
-                found=f"{cell.text!r}; {column.infinite} infinite in all",
+                found=f"{cell.text[:200]!r}; {column.infinite} infinite in all",
                 fix="correct the data, or count them as missing cells with data.clean.infinite: missing",
             )
 

@@ -49,6 +49,8 @@ def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
         raise UserError(
             "the bundle has no profile of its training rows",
             where=record.name,
+            expected="the profile that the rows are compared with",
+            found="a bundle of an earlier version",
             fix="run the job again with this version of raylway",
         )
     numbers = {each.name: _Numbers(each) for each in record.profile.numbers}
@@ -66,7 +68,13 @@ def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
         for name, category in categories.items():
             category.add(table[name])
     if not rows:
-        raise UserError("the file has no rows to compare", where=source, fix="name a file with rows")
+        raise UserError(
+            "the file has no rows to compare",
+            where=source,
+            expected="a row that can be read",
+            found=f"{unreadable:,} that can't" if unreadable else "none",
+            fix="name a file with rows",
+        )
     shifts = [number.shift() for number in numbers.values()]
     shifts += [category.shift() for category in categories.values()]
     shifts.sort(key=lambda shift: (not shift.reasons, -shift.psi, shift.name))

@@ -48,9 +48,9 @@ class Location(msgspec.Struct, frozen=True):
     encoding: str = "utf-8"
     """Of a text file, as a codec's name; `opening` finds it out."""
     length: int | None = None
-    """Bytes, of a remote file."""
+    """Bytes, when it was found."""
     stamp: str = ""
-    """Of a remote file: the ETag or time that tells whether it was changed."""
+    """What tells whether it was changed since then: the time of its last change."""
 
     @property
     def format(self) -> Format:
@@ -118,6 +118,28 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
 
 
+def changed(name: str) -> UserError:
+    """A file is another one than was found."""
+    return UserError(
+        "the file was changed or removed while it was read",
+        where=name,
+        expected="files at rest: what is prepared or answered is known by their content",
+        found="another size or time of the last change than when it was found",
+        fix="give the command again when nothing writes the file, or read a copy of it",
+    )
+
+
+def unreadable(name: str, where: str, error: OSError | None = None) -> UserError:
+    """The operating system does not let this user read a file or folder."""
+    return UserError(
+        "the file can't be read",
+        where=where,
+        expected="a file that this user may read",
+        found=f"{name}: {error.strerror or error}" if error else name,
+        fix="give this user the right to read it, and to enter its folder, or take it out of the source",
+    )
+
+
 def unknown_format(text: str, where: str) -> UserError:
     """The ending of a file that the job names says nothing."""
     return UserError(
@@ -125,7 +147,7 @@ def unknown_format(text: str, where: str) -> UserError:
         where=where,
         expected=ENDINGS,
         found=text,
-        fix="name its format with data.read.format",
+        fix="end its name with one of these, or name its format with data.read.format in the job file",
     )
 
 

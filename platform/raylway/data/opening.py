@@ -74,7 +74,7 @@ def open_source(loaded: LoadedJob, locations: list[Location] | None = None, head
     )
     source = open_files(locations or locate(loaded), asked, where, head)
     if not source.columns:
-        raise no_rows(where, ", ".join(source.files[:5]))
+        raise no_rows(where, source)
     return source
 
 
@@ -119,8 +119,17 @@ def open_files(locations: list[Location], asked: Asked, where: str, head: bool =
     return _from_json(locations, asked, head) if kind == "jsonl" else _from_text(locations)
 
 
-def no_rows(where: str, found: str) -> UserError:
-    return UserError("the source has no rows to train on", where=where, expected="at least one row", found=found)
+def no_rows(where: str, source: Source) -> UserError:
+    """Nothing but headings, blank lines, or of JSON Lines nothing but lines that hold no object."""
+    files = ", ".join(source.files[:5]) + (" ..." if len(source.files) > 5 else "")
+    is_json = source.format == "jsonl"
+    return UserError(
+        "the source has no rows",
+        where=where,
+        expected="a JSON object in a line" if is_json else "rows below the heading" if source.columns else "rows",
+        found=files,
+        fix="name files with rows, and see that data.read.format is theirs",
+    )
 
 
 def _dialect(read: Read, where: str) -> Dialect:
@@ -132,6 +141,7 @@ def _dialect(read: Read, where: str) -> Dialect:
             where=where.replace("data.source", "data.read.delimiter"),
             expected="one ASCII character, no line end and not the quote",
             found=repr(delimiter),
+            fix="name the character between the cells, or leave data.read.delimiter out",
         )
     check_columns(read.columns, where.replace("data.source", "data.read.columns"))
     return Dialect(delimiter, quote, read.columns)
@@ -262,6 +272,7 @@ def _with_partitions(columns: list[str], location: Location) -> list[str]:
                 f"the column {name!r} is in the file and in the name of its folder",
                 where=location.name,
                 expected="each column once",
+                found=f"a folder {name}=... and a column {name!r}",
                 fix="rename the folder, or write the file without the column",
             )
     return [*columns, *location.partitions]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import pyarrow.fs as pa_fs
 
-from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, unknown_format
+from raylway.data.location import ENDINGS, Format, Location, changed, chosen, format_of, is_hidden, unknown_format
 from raylway.errors import UserError
 
 SCHEMES = ("s3",)
@@ -51,6 +51,7 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
             where=where,
             expected=f"a file, glob or folder of a bucket, with files ending in {ENDINGS}",
             found=text,
+            fix="list the bucket with a tool of its own, and name what is there",
         )
     return [
         Location(
@@ -74,11 +75,7 @@ def opened(location: Location) -> BinaryIO:
     try:
         info = system().get_file_info(path)
         if not info.is_file or (info.size, str(info.mtime_ns)) != (location.length, location.stamp):
-            raise UserError(
-                "the file was changed or removed while it was read",
-                where=location.name,
-                fix="give the command again when it is at rest",
-            )
+            raise changed(location.name)
         return system().open_input_file(path)
     except OSError as error:
         raise unreadable(location.name, location.name, error) from None
