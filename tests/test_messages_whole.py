@@ -223,7 +223,9 @@ def test_prepared_data_that_is_damaged(
         f"{done.folder.relative_to(tmp_path)}: the prepared data is damaged" in shown and "run the job again" in shown
     )
     [shard] = done.shards("train")
-    (done.folder / shard.file).write_bytes(b"x" * shard.bytes)
+    content = bytearray((done.folder / shard.file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (done.folder / shard.file).write_bytes(content)
     with pytest.raises(RunFailed, match=r"the shard is damaged; remove .* and run the job again"):
         done.rows("train", verify=True).take(np.array([0]))
     damage(done.folder / shard.file)
