@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from raylway.errors import UserError
-from raylway.job.load import load_job
+from raylway.job.load import load_job, located
 from raylway.job.schema import Job
 from raylway.job.units import Duration
 
@@ -46,7 +47,7 @@ def test_the_keys_are_these() -> None:
         format name seed storage task
         data data.source
         data.read data.read.format data.read.delimiter data.read.quote data.read.encoding
-        data.read.columns
+        data.read.columns data.read.decimal data.read.missing
         data.target data.derive
         data.features data.features.numeric data.features.categorical data.features.date data.features.drop
         data.transform data.transform.scale data.transform.impute data.transform.indicator data.transform.bins
@@ -58,6 +59,7 @@ def test_the_keys_are_these() -> None:
         train train.for train.global_batch train.microbatch train.precision
         train.optimizer train.optimizer.kind train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
         train.schedule train.schedule.kind train.schedule.warmup train.schedule.every train.schedule.gamma
+        train.schedule.decay
         train.clip train.balance train.workers train.resources train.resources.cpus train.resources.gpus
         train.checkpoint train.checkpoint.every train.checkpoint.keep
         train.validate train.validate.every train.validate.best train.validate.patience
@@ -119,6 +121,8 @@ def test_a_misspelt_key_is_told_with_file_line_and_the_right_one(tmp_path: Path,
         ("train: {clip: -1}", ["train.clip", "greater than 0"]),
         ("train: {schedule: {kind: step}}", ["train.schedule", "every and gamma"]),
         ("train: {schedule: {gamma: 0.1}}", ["train.schedule", "kind step only"]),
+        ("train: {schedule: {kind: cosine, decay: 5 steps}}", ["train.schedule", "kind wsd only"]),
+        ("train: {schedule: {kind: wsd, decay: 0 steps}}", ["train.schedule", "above zero"]),
         ("train: {optimizer: {momentum: 0.9}}", ["train.optimizer", "sgd only"]),
         ("serve: {replicas: {min: 3, max: 2}}", ["serve.replicas", "at most max (2)"]),
         ("serve: 3", ["serve", "section"]),

@@ -64,7 +64,7 @@ SOURCES: list[tuple[Made, dict[str, Any], list[str]]] = [
     ({"rows.xml": CSV}, {"source": "rows.xml"}, ["the file is of no known format", "rows.xml", "data.read.format"]),
     ({"d\udcff.csv": CSV}, {"source": "."}, ["(data.source): the name of a file is not UTF-8", "d\\udcff.csv"]),
     ({}, {"source": "x" * 5000}, ["the source can't be looked for", "File name too long"]),
-    ({}, {"source": "gs://b/c.csv"}, ["gs:// is not read", "s3://bucket/path"]),
+    ({}, {"source": "hdfs://b/c.csv"}, ["hdfs:// is not read", "s3://bucket/path"]),
     ({}, {"source": "s3://me:word@b/c.csv"}, ["the address holds credentials", "a user before @"]),
     ({}, {"source": "pkg://no_such_package/x.csv"}, ["the package 'no_such_package' is not installed", "pip install"]),
     ({}, {"source": "pkg://os/x.csv"}, ["'os' is a module without files", "name a package with files"]),
@@ -137,7 +137,7 @@ SOURCES: list[tuple[Made, dict[str, Any], list[str]]] = [
 TEXTS: list[tuple[str | bytes, dict[str, Any], list[str]]] = [
     ('"a,sold\n1,x\n', {}, ["rows.csv:1: the heading does not end", "close its quotes"]),
     ("größe,sold\n1,x\n".encode("latin-1"), {}, ["rows.csv:1: the file is not text in its encoding", "0xf6", "cp1252"]),
-    ("a,sold\n1,x\n2,\0\n", {}, ["rows.csv:3: the file is not text in its encoding", "a NUL character", "utf-16-le"]),
+    ("a,s\0old\n1,x\n", {}, ["rows.csv:1: the file is not text in its encoding", "a NUL character", "utf-16-le"]),
     (CSV, {"read": {"encoding": "utf-16"}}, ["the file does not begin with a byte-order mark", "utf-16-le"]),
     (CSV, {"read": {"encoding": "klingon"}}, ["(data.read.encoding): there is no such encoding", "'klingon'"]),
     (CSV, {"read": {"encoding": "a\0b"}}, ["there is no such encoding"]),

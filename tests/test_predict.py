@@ -7,11 +7,9 @@ import gzip
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,10 @@ import pytest
 from commands import environment, raylway
 from made import made
 from made_prepared import make, make_run
+from stores import Bucket
 
 from raylway.bundle.predictor import Predictor, shortest
-from raylway.data import csv_read, remote
+from raylway.data import csv_read
 from raylway.errors import UserError
 from raylway.job.load import load_job
 from raylway.predict import predict as predicting
@@ -194,71 +193,23 @@ def test_ray_gives_the_same_bytes(run: Run, tmp_path: Path, ray_session: None, m
     assert not (tmp_path / "cut.csv").exists()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pafs.FileSystem]:
-    """A real S3 server with a bucket `made`, named by the environment as a user would."""
-    folder = tmp_path_factory.mktemp("store")
-    ports = {}
-    for name in ("s3", "master", "volume", "filer"):
-        while ports.get(name, 60_000) > 50_000:  # weed also takes each port + 10,000
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                ports[name] = probe.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    weed = Path(sys.executable).with_name("weed")
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [f"-{name}.port={port}" for name, port in ports.items()]
-    remote.system.cache_clear()
-    with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
-        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"}.items():
-            patch.setenv(key, value)
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            yield _with_bucket(f"127.0.0.1:{ports['s3']}")
-        finally:
-            server.terminate()
-            server.wait(20)
-            remote.system.cache_clear()
-
-
-def _with_bucket(endpoint: str) -> pafs.FileSystem:
-    system = pafs.S3FileSystem(
-        endpoint_override=endpoint, scheme="http", allow_bucket_creation=True, connect_timeout=2, request_timeout=5
-    )
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            system.create_dir("made")
-            return system
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-
-def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, store: pafs.FileSystem) -> None:
+def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, bucket: Bucket) -> None:
     (tmp_path / "new.csv").write_text(BAD)
-
-    def content(path: str) -> bytes:
-        with store.open_input_stream(path) as stream:
-            return stream.read()
-
     predict(run, tmp_path / "new.csv", tmp_path / "a.csv")
-    predict(run, tmp_path / "new.csv", "s3://made/a.csv")
+    predict(run, tmp_path / "new.csv", bucket.address("made/a.csv"))
     for ending in ("", ".rejects.jsonl"):
-        assert content(f"made/a.csv{ending}") == (tmp_path / f"a.csv{ending}").read_bytes()
-    with store.open_output_stream("made/out/part-00007.csv") as stream:
-        stream.write(b"left by one that was killed")
+        assert bucket.read(f"made/a.csv{ending}") == (tmp_path / f"a.csv{ending}").read_bytes()
+    bucket.write("made/out/part-00007.csv", b"left by one that was killed")
     predict(run, tmp_path / "new.csv", f"{tmp_path}/out", "csv")
-    predict(run, tmp_path / "new.csv", "s3://made/out", "csv")
-    listed = store.get_file_info(pafs.FileSelector("made/out"))
-    assert sorted(each.base_name for each in listed) == ["_SUCCESS", "part-00000.csv", "rejects.jsonl"]
-    assert all(content(each.path) == (tmp_path / "out" / each.base_name).read_bytes() for each in listed)
+    predict(run, tmp_path / "new.csv", bucket.address("made/out"), "csv")
+    listed = [each.base_name for each in bucket.files.get_file_info(pafs.FileSelector("rows/made/out"))]
+    assert sorted(listed) == ["_SUCCESS", "part-00000.csv", "rejects.jsonl"]
+    assert all(bucket.read(f"made/out/{name}") == (tmp_path / "out" / name).read_bytes() for name in listed)
     with pytest.raises(UserError, match="the folder is there already"):
-        predict(run, tmp_path / "new.csv", "s3://made/out/")
-    with store.open_output_stream("made/in/new.csv") as stream:
-        stream.write(BAD.encode())
-    assert predict(run, "s3://made/in/", tmp_path / "b.csv").rejected == 5
-    assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == ["s3://made/in/new.csv"]
+        predict(run, tmp_path / "new.csv", bucket.address("made/out/"))
+    bucket.write("made/in/new.csv", BAD.encode())
+    assert predict(run, bucket.address("made/in/"), tmp_path / "b.csv").rejected == 5
+    assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == [bucket.address("made/in/new.csv")]
 
 
 def test_other_formats_are_answered_alike(run: Run, tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         def count(divided, codes):
             return [assessment.counted(rows, one, codes[0], divided, divided.exceptions)]
 
-        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, outcome.Pieces([one], [rows], count))
+        every = outcome.Pieces([one], assessment.columns_of([one]), [rows], count)
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, every)
         return [each.name for each in found.signature.inputs if not each.required]
 
     assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]

@@ -53,6 +53,11 @@ def test_lengths_are_counted_in_steps() -> None:
     assert (found.steps_per_epoch, found.total_steps, found.warmup_steps, found.decay_every_steps) == (16, 160, 16, 48)
     assert (found.checkpoint_every_steps, found.checkpoint_every_s, found.validate_every_steps) == (32, None, 5)
     assert planned(1_000).checkpoint_every_s == 300.0
+    stable = {"for": "200 steps", "schedule": {"kind": "wsd", "warmup": "30 steps"}}
+    assert planned(1_000, **stable).decay_steps == 40
+    assert planned(1_000, **{**stable, "for": "32 steps"}).decay_steps == 2
+    stable["schedule"]["decay"] = "2 epochs"
+    assert planned(1_000, **stable, global_batch=50).decay_steps == 40
     assert planned(1_000, validation=0).validate_every_steps is None
 
 
@@ -80,6 +85,11 @@ def test_only_large_data_has_lanes() -> None:
             {"rows": 100, "task": "regression", "validate": {"best": "val_accuracy"}},
             "train.validate.best",
             "val_loss or val_rmse",
+        ),
+        (
+            {"rows": 100, "for": "9 steps", "schedule": {"kind": "wsd", "warmup": "4 steps", "decay": "6 steps"}},
+            "train.schedule.decay",
+            "at most 9 steps for both",
         ),
         ({"rows": 100, "validation": 0, "validate": {"patience": 3}}, "train.validate.patience", "no validation rows"),
     ],

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from user_models import FOLDER, net
 
 from raylway.features.prepared import Prepared
-from raylway.train import optim
 from raylway.train.feed.order import Order
 
 
@@ -71,90 +70,3 @@ def test_any_division_of_a_batch_gives_its_gradient(tmp_path: Path, workers: int
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-10)
         np.testing.assert_allclose([step["loss"] for step in case.steps()], losses, rtol=1e-10)
-
-
-SCHEDULES = {
-    "constant": ({"kind": "constant"}, lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
-    "step": (
-        {"kind": "step", "every": "7 steps", "gamma": 0.3},
-        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.3),
-    ),
-    "cosine": ({"kind": "cosine"}, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)),
-    "warmup": (
-        {"kind": "constant", "warmup": "10 steps"},
-        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 9),
-    ),
-    "warmup, cosine": (
-        {"kind": "cosine", "warmup": "10 steps"},
-        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 9),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
-            ],
-            [10],
-        ),
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:The epoch parameter")
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_rate_of_each_update_is_that_of_torchs_schedule(tmp_path: Path, name: str) -> None:
-    asked, reference = SCHEDULES[name]
-    prepared = ranks.prepared(tmp_path / "prepared", 23)
-    case = ranks.Case(tmp_path, prepared, {"for": "30 steps", "optimizer": {"lr": 0.2}, "schedule": asked})
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule = reference(optimizer)
-    for updates in range(30):
-        found = optim.learning_rate(case.job.train, case.plan(1), updates)
-        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), updates
-        optimizer.step()
-        schedule.step()
-
-
-OPTIMIZERS = {
-    "adam": ({"kind": "adam", "lr": 0.01, "weight_decay": 0.1}, lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1)),
-    "adamw": (
-        {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
-        lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
-    ),
-    "sgd": ({"kind": "sgd", "lr": 0.5, "momentum": 0.9}, lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
-}
-
-
-def test_optimizers_clipping_and_schedule_train_as_plain_torch_does(tmp_path: Path) -> None:
-    prepared = ranks.prepared(tmp_path / "prepared", 23)
-    cases = [
-        ranks.Case(
-            tmp_path / name,
-            prepared,
-            {
-                "for": "5 epochs",
-                "global_batch": 4,
-                "clip": 0.5,
-                "optimizer": asked,
-                "schedule": {"kind": "step", "every": "2 epochs", "gamma": 0.1},
-            },
-            {"kind": "user_models:net"},
-            [FOLDER],
-        )
-        for name, (asked, _) in OPTIMIZERS.items()
-    ]
-    reports = ranks.run(*(case.assignment(1) for case in cases), workers=1, folder=tmp_path)[0]
-    rows, order = prepared.rows("train"), Order([shard.rows for shard in prepared.shards("train")], 42)
-    for case, report, (_, make) in zip(cases, reports, OPTIMIZERS.values(), strict=True):
-        torch.manual_seed(42)
-        model = net(2, [3], 2)
-        optimizer = make(model.parameters())
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2 * 6, 0.1)
-        for step in range(5 * 6):
-            numeric, categorical, truth, _ = rows.take(order.positions(step, 4))
-            output = model(torch.from_numpy(numeric), torch.from_numpy(categorical).long())
-            optimizer.zero_grad()
-            F.cross_entropy(output, torch.from_numpy(truth).long()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            schedule.step()
-        for name, value in model.state_dict().items():
-            np.testing.assert_allclose(case.weights(report.last_checkpoint)[name], value.numpy(), rtol=0, atol=1e-10)

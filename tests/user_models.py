@@ -35,6 +35,27 @@ def net(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Mo
     return Net(num_numeric, num_outputs)
 
 
+class Layers(nn.Module):
+    """Every kind of parameter that an optimizer treats apart, in float64."""
+
+    def __init__(self, width: int, rows: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 4)
+        self.filter = nn.Conv1d(1, 1, 3, padding=1)
+        self.norm = nn.LayerNorm([1, 4])  # its weight has two dimensions
+        self.table = nn.Embedding(rows, 4)
+        self.out = nn.Linear(4, outputs)
+        self.double()
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(torch.tanh(self.filter(self.first(numeric.double())[:, None])))[:, 0]
+        return self.out(hidden + self.table(categorical[:, 0]))
+
+
+def layers(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    return Layers(num_numeric, 1 + category_counts[0], num_outputs)
+
+
 class Watched(Net):
     """Does something before a forward pass in training, counted from 1 in this process."""
 

@@ -14,11 +14,12 @@ from raylway.data.csv_read import Reject
 from raylway.data.describe import Described, describe
 from raylway.data.items import ROW_ID, Piece
 from raylway.data.roles import FEW_CLASSES
-from raylway.data.rowhash import hash_rows
+from raylway.data.rowhash import hash_rows, text_words
 from raylway.features import dates
 from raylway.features.derive import derivation
 from raylway.features.schema import canonical_text
 from raylway.features.step import Step
+from raylway.features.texts import Decimal, missing_words
 
 SKETCH = 4096
 """Different texts of a column are counted exactly up to so many; beyond, within about 2% (`distinct`)."""
@@ -37,7 +38,7 @@ class Rules(msgspec.Struct, frozen=True):
     target_sources: list[str]
     """Source columns that the target is or derives from."""
     dates: list[str]
-    """Columns of text whose cells must be dates; a missing word (`columns.MISSING_WORDS`) is missing in them."""
+    """Columns of text whose cells must be dates; a missing word (`features.texts`) is missing in them."""
     needed: list[str]
     """Columns that every row needs although it may miss others: the split's."""
     unhashed: list[str]
@@ -46,6 +47,8 @@ class Rules(msgspec.Struct, frozen=True):
     """Derived columns whose missing values do not matter."""
     drop_missing: bool
     infinite_is_missing: bool
+    decimal: Decimal
+    """The decimal sign of numbers in text."""
     classes: Literal["all", "few", "none"]
     """Whether to name the target's values: always, only if they are few, or never."""
 
@@ -93,9 +96,10 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
     full = table
     for name, text in rules.derive.items():
         each = derivation(text, rules.places[name])
-        column = each.evaluate(full)
+        read = pa.table({column: _plain(full[column]) for column in full.column_names if column in each.columns})
+        column = each.evaluate(read)
         if isinstance(each, Step):
-            each.check(full, column)
+            each.check(read, column)
         full = full.append_column(name, column)
     empty = {name: pc.is_null(full[name]).to_numpy() & valid for name in full.column_names if full[name].null_count}
     counts = {name: int(mask.sum()) for name, mask in empty.items()}
@@ -105,8 +109,13 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
         if matters or (rules.drop_missing and name not in rules.unused):
             missing |= mask
     usable = valid & ~missing
-    hashes, texts = hash_rows(table.drop_columns(rules.unhashed).filter(pa.array(usable)))
-    values, codes, whole = _values(full[rules.target].filter(pa.array(usable)), rules)
+    words = {
+        name: text_words(full[name].combine_chunks().dictionary)
+        for name in full.column_names
+        if pa.types.is_dictionary(full[name].type)
+    }
+    hashes, texts = hash_rows(table.drop_columns(rules.unhashed).filter(pa.array(usable)), words)
+    values, codes, whole = _values(_plain(full[rules.target]).filter(pa.array(usable)), rules)
     return Assessed(
         item=piece.facts.item,
         number=piece.facts.number,
@@ -122,20 +131,8 @@ def assess(piece: Piece, rules: Rules) -> Assessed:
         whole=whole,
         derived_types={name: type_name(full.schema.field(name).type) for name in rules.derive},
         texts={name: np.unique(words)[:SKETCH].tobytes() for name, words in texts.items()},
-        described=_described(piece, full, valid),
+        described=describe(full if valid.all() else full.filter(pa.array(valid)), words),
     )
-
-
-def _described(piece: Piece, full: pa.Table, valid: np.ndarray) -> Described:
-    """The columns over all rows that are not invalid. Texts are taken as the piece holds them, dictionary-encoded: they
-    need not be encoded again."""
-    arrays = {name: full[name] for name in full.column_names}
-    for name in piece.table.column_names:
-        if name in arrays and pa.types.is_string(arrays[name].type):
-            stored = piece.table[name]
-            arrays[name] = stored if pa.types.is_dictionary(stored.type) else arrays[name]
-    table = pa.table(arrays)
-    return describe(table if valid.all() else table.filter(pa.array(valid)))
 
 
 def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -> pa.Table:
@@ -148,26 +145,36 @@ def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -
         rules: As `assess` was given.
     """
     taken = piece.table.select([*names, ROW_ID]).take(pa.array(rows))
-    arrays = {
-        name: columns.final(taken[name].combine_chunks(), rules.types[name], rules.infinite_is_missing)[0]
-        for name in names
-    }
+    arrays = {}
+    for name in names:
+        stored, decimal = taken[name].combine_chunks(), _decimal(piece, name, rules)
+        arrays[name] = columns.final(stored, rules.types[name], rules.infinite_is_missing, decimal)[0]
+        if name in rules.dates:
+            arrays[name] = _without_words(arrays[name])
     return pa.table({**arrays, ROW_ID: taken[ROW_ID]})
 
 
-def distinct(sketches: list[np.ndarray]) -> int:
-    """How many different values the parts of a column have together (k minimum values; Bar-Yossef and others 2002)."""
-    smallest = np.unique(np.concatenate(sketches))[:SKETCH] if sketches else np.zeros(0, np.uint64)
-    if len(smallest) < SKETCH:
-        return len(smallest)
-    return int((SKETCH - 1) * 2.0**64 / float(smallest[-1]))
+def smallest(sketches: list[np.ndarray]) -> np.ndarray:
+    """What the parts of a column have together: uint64, ascending, the smallest hashes (`SKETCH` of them at most)."""
+    return np.unique(np.concatenate(sketches))[:SKETCH]
+
+
+def distinct(sketch: np.ndarray) -> int:
+    """How many different values a column has (k minimum values; Bar-Yossef and others 2002)."""
+    if len(sketch) < SKETCH:
+        return len(sketch)
+    return int((SKETCH - 1) * 2.0**64 / float(sketch[-1]))
 
 
 def dates_of(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """A column of dates, its missing words missing, and which cells are neither date nor missing."""
-    texts = pc.if_else(pc.is_in(texts, pa.array(columns.MISSING_WORDS)), pa.scalar(None, pa.string()), texts)
+    texts = _without_words(texts)
     _, valid = dates.parse(texts)
     return texts, ~valid & texts.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _without_words(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pa.array(missing_words(pc.fill_null(texts, ""))), pa.scalar(None, pa.string()), texts)
 
 
 def type_name(kind: pa.DataType) -> str:
@@ -175,13 +182,28 @@ def type_name(kind: pa.DataType) -> str:
     return "float64" if pa.types.is_floating(kind) else str(kind)
 
 
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+
+
+def _decimal(piece: Piece, name: str, rules: Rules) -> Decimal:
+    """CSV files have the job's decimal sign; other formats hold numbers, or text as everybody writes it."""
+    return rules.decimal if "text" in piece.facts.seen[name].sources else "."
+
+
 def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
-    """The piece's source columns in their decided types, and its rows with a cell that has no place in one."""
+    """The piece's source columns in their decided types, and its rows with a cell that has no place in one.
+
+    Text stays dictionary-encoded, as the piece holds it: each different one is hashed and described once.
+    """
     arrays: dict[str, pa.Array] = {}
     first: dict[int, str] = {}
     for name, wanted in rules.types.items():
         stored = piece.table[name].combine_chunks()
-        arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing)
+        if wanted == "string" and name not in rules.dates and pa.types.is_dictionary(stored.type):
+            arrays[name] = stored
+            continue
+        arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing, _decimal(piece, name, rules))
         if name in rules.dates and wanted == "string":
             arrays[name], invalid = dates_of(arrays[name])
         if invalid is not None:

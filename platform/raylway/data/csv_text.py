@@ -19,7 +19,7 @@ import numpy as np
 from raylway.errors import UserError
 
 _LF, _CR, _QUOTE = 10, 13, 34
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
 """Candidates, in the order that breaks a tie."""
 HEADING_BYTES = 1 << 20
@@ -71,11 +71,11 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
     Raises:
         UserError: The text is not UTF-8, or the heading lacks a name, repeats one or does not end.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
-        at = data.find(b"\0")
-        line = data.count(b"\n", 0, max(at, 0)) + 1
-        raise _not_text(f"{name}:{line}", "a NUL character: UTF-16 without a mark, or no text at all")
-    start = len(_BOM) if data.startswith(_BOM) else 0
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _not_text(f"{name}:1", "the byte-order mark of UTF-16")
+    start = 0
+    while data.startswith(BOM, start):  # some programs write a second one
+        start += len(BOM)
     if not data[start:].strip():
         return None
     begin = len(data) - len(data[start:].lstrip(b"\r\n"))
@@ -91,6 +91,8 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
             )
         end = len(data)
     after = end + (2 if data[end : end + 2] == b"\r\n" else 1 if end < len(data) else 0)
+    if b"\0" in data[begin:end]:
+        raise _not_text(f"{name}:1", "a NUL character: UTF-16 without a mark, or no text at all")
     try:
         text = data[begin:end].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -99,7 +101,16 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
         else:
             raise _not_text(f"{name}:1", f"the byte {data[begin + error.start]:#04x} in the heading") from None
     delimiter = dialect.delimiter or _delimiter(text, dialect)
-    columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
+    try:
+        columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
+    except csv.Error:
+        raise UserError(
+            "text follows the closing quote of a column's name",
+            where=f"{name}:1",
+            expected='a name in quotes with each quote inside it written ""',
+            found=text[:200],
+            fix="correct the heading, or name the quote that the file uses with data.read.quote",
+        ) from None
     if dialect.columns:
         if columns == dialect.columns:
             raise UserError(
@@ -116,9 +127,13 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
 
 
 def records_of(lines: Iterable[str], delimiter: str, quote: str) -> Any:
-    """The records of Python's csv module; an object of its with `line_num`."""
+    """The records of Python's csv module; an object of its with `line_num`.
+
+    It is strict, so that no character is lost: text after the closing quote of a cell is an error of its record, a cell
+    that is open at the end an error of the last.
+    """
     if quote:
-        return csv.reader(lines, delimiter=delimiter, quotechar=quote)
+        return csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=True)
     return csv.reader(lines, delimiter=delimiter, quotechar=None, quoting=csv.QUOTE_NONE)
 
 
@@ -207,32 +222,32 @@ class Records:
 def records(body: bytes, delimiter: str) -> Records | None:
     """The records of a text that begins with a record and ends with one; None if the text is irregular."""
     text = np.frombuffer(body, np.uint8)
-    feeds = np.flatnonzero(text == _LF)
-    breaks = feeds
-    delimiters = np.flatnonzero(text == ord(delimiter))
-    line_ends = feeds
-    if _CR in body and len(lone := _lone_returns(text)):
-        line_ends = np.sort(np.concatenate([feeds, lone]))
-    if _QUOTE in body or line_ends is not feeds:
+    separators = np.flatnonzero((text == _LF) | (text == ord(delimiter)))
+    lone = _lone_returns(text) if _CR in body else separators[:0]
+    line_ends = None
+    if _QUOTE in body or len(lone):
         if not scan(body, _LF, _LF, delimiter).regular[0]:
             return None
         inside = np.cumsum(text == _QUOTE, dtype=np.uint8) & 1
         if len(text) and inside[-1]:
             return None
-        breaks = feeds[inside[feeds] == 0]
-        delimiters = delimiters[inside[delimiters] == 0]
+        feeds = separators[text[separators] == _LF]
+        line_ends = np.sort(np.concatenate([feeds, lone]))
+        separators = separators[inside[separators] == 0]
+    at = np.flatnonzero(text[separators] == _LF)
+    breaks = separators[at]
     starts = np.concatenate([[0], breaks + 1])
     ends = np.concatenate([breaks, [len(text)]])
+    cells = np.diff(at, prepend=-1, append=len(separators))
     blank = (
         (ends == starts) | ((ends == starts + 1) & (text[np.minimum(starts, len(text) - 1)] == _CR))
         if len(text)
         else [True]
     )
     full = np.flatnonzero(~np.asarray(blank))
-    starts, ends = starts[full], ends[full]
-    lines = full if len(line_ends) == len(breaks) else np.searchsorted(line_ends, starts)
-    cells = np.searchsorted(delimiters, ends) - np.searchsorted(delimiters, starts) + 1
-    return Records(starts, ends, lines, cells, len(line_ends) != len(breaks))
+    if line_ends is None or len(line_ends) == len(breaks):
+        return Records(starts[full], ends[full], full, cells[full], False)
+    return Records(starts[full], ends[full], np.searchsorted(line_ends, starts[full]), cells[full], True)
 
 
 def last_record_end(body: bytes) -> int:

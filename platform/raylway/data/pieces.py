@@ -39,7 +39,7 @@ from raylway.features.prepared import MANIFEST
 FOLDER = "pieces"
 USED = "pieces.json"
 """In a prepared folder: the keys of its pieces."""
-VERSION = 3
+VERSION = 4
 """Raise it when a piece of the same text is stored in another way."""
 _UNUSED_S = 24 * 3600.0
 Record = TypeVar("Record")

@@ -6,6 +6,8 @@ the columns one after the other, each step a bijection of 64 bits. Not made agai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,11 +17,12 @@ _STEPS = np.array([[0x9E3779B97F4A7C15], [0xD1B54A32D192ED03]], np.uint64)
 """Of the two lanes: what keeps them apart although both see the same numbers."""
 
 
-def hash_rows(table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def hash_rows(table: pa.Table, known: Mapping[str, np.ndarray] = {}) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Hash every row over all columns, taken in the order of their names.
 
     Args:
-        table: N rows of `features.schema.COLUMN_TYPES`.
+        table: N rows of `features.schema.COLUMN_TYPES`; text may be dictionary-encoded.
+        known: `text_words` of the dictionaries of such columns, where they were computed before.
 
     Returns:
         uint64 [N, 2]; and of each column of text the 64-bit hashes of its different values.
@@ -29,8 +32,8 @@ def hash_rows(table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     absent = np.zeros(table.num_rows, np.uint64)
     for index, name in enumerate(sorted(table.column_names)):
         column = table[name].combine_chunks()
-        if pa.types.is_string(column.type):
-            words, texts[name] = _text_words(column)
+        if pa.types.is_string(column.type) or pa.types.is_dictionary(column.type):
+            words, texts[name] = _text_words(column, known.get(name))
         else:
             words = _number_words(column)
         _add(lanes, words)
@@ -61,13 +64,19 @@ def _add(lanes: np.ndarray, words: np.ndarray) -> None:
     mix(lanes)
 
 
-def _text_words(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [2, N]: both halves of each text's hash, 0 for a missing one; and the first half of the distinct ones."""
-    encoded = column.dictionary_encode()
-    digests = [xxhash.xxh3_128_intdigest(text) for text in encoded.dictionary.cast(pa.binary()).to_pylist()]
-    halves = np.array([(digest & (2**64 - 1), digest >> 64) for digest in digests] + [(0, 0)], np.uint64).T
-    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-    return halves[:, codes], halves[0, :-1]
+def text_words(texts: pa.Array) -> np.ndarray:
+    """uint64 [2, N]: both halves of the hash of each of N texts, none missing."""
+    digests = [xxhash.xxh3_128_intdigest(text) for text in texts.cast(pa.binary()).to_pylist()]
+    return np.array([(digest & (2**64 - 1), digest >> 64) for digest in digests], np.uint64).reshape(-1, 2).T
+
+
+def _text_words(column: pa.Array, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [2, N]: the words of each text, 0 for a missing one; and the first of each different one that is there."""
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    words = text_words(encoded.dictionary) if known is None else known
+    codes = pc.fill_null(encoded.indices, words.shape[1]).to_numpy(zero_copy_only=False)
+    there = np.bincount(codes, minlength=words.shape[1] + 1)[:-1] > 0
+    return np.concatenate([words, np.zeros((2, 1), np.uint64)], axis=1).take(codes, axis=1), words[0, there]
 
 
 def _number_words(column: pa.Array) -> np.ndarray:

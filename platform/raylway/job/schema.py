@@ -61,6 +61,14 @@ class Read(Section):
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
+    decimal: Literal[".", ","] = "."
+    """The decimal sign of numbers in CSV files."""
+    missing: list[Text | int | float] = []
+    """Further cells that are missing, in every column: texts such as `?`, numbers such as -999."""
+
+    @property
+    def missing_words(self) -> list[str]:
+        return [str(word) for word in self.missing]
 
 
 class ColumnTransform(Section):
@@ -219,9 +227,11 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    kind: Literal["adam", "adamw", "sgd", "muon"] = "adam"
+    """`muon` is for matrices; embeddings and what has another number of dimensions get `adamw`."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """For the weights of layers; norms, biases and embeddings have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For `sgd` only."""
 
@@ -238,20 +248,25 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    kind: Literal["constant", "step", "cosine"] = "constant"
+    kind: Literal["constant", "step", "cosine", "linear", "wsd"] = "constant"
+    """`cosine` and `linear` fall to zero by the last step; `wsd` stays, and falls to zero over `decay`."""
     warmup: Progress = Duration(0, "steps")
     """Linear rise from zero to the full learning rate."""
     every: Progress | None = None
     """`step` only: after each such length the rate is multiplied by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    decay: Progress | None = None
+    """`wsd` only: the length of its linear fall; left out: a fifth of the steps."""
 
     @model_validator(mode="after")
-    def _step_arguments(self) -> Schedule:
+    def _arguments_fit_kind(self) -> Schedule:
         given = self.every is not None or self.gamma is not None
         if self.kind == "step" and (self.every is None or self.gamma is None):
             raise ValueError("expected every and gamma, such as {kind: step, every: 30 epochs, gamma: 0.1}")
         if self.kind != "step" and given:
             raise ValueError(f"expected every and gamma with kind step only; kind is {self.kind}")
+        if self.decay is not None and (self.kind != "wsd" or not self.decay.amount):
+            raise ValueError(f"expected decay with kind wsd only, and above zero; kind is {self.kind}")
         return self
 
 
@@ -261,6 +276,28 @@ class Resources(Section):
     cpus: Count = 1
     gpus: Annotated[int, Field(ge=0)] | Auto = "auto"
     """`auto`: one where the cluster has GPUs, else none."""
+
+
+class Parallel(Section):
+    """How one copy of the model is divided among workers; one of the three, for models too large for one worker."""
+
+    shard: Count = 1
+    """Weights, gradients and optimizer state lie in so many parts; each worker has rows of its own."""
+    tensor: Count = 1
+    """Each layer is computed by so many workers together, on the same rows."""
+    pipeline: Count = 1
+    """The layers are cut into so many stages; microbatches pass through them one behind the other."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Of the pipeline: a backward pass follows each forward pass as soon as it can, or all of them come at the end."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Parallel:
+        chosen = [name for name in ("shard", "tensor", "pipeline") if getattr(self, name) > 1]
+        if len(chosen) > 1:
+            raise ValueError(f"expected one of shard, tensor and pipeline above 1; found {' and '.join(chosen)}")
+        if "schedule" in self.model_fields_set and self.pipeline == 1:
+            raise ValueError("expected schedule with a pipeline above 1 only")
+        return self
 
 
 class Checkpoint(Section):
@@ -293,8 +330,10 @@ class Train(Section):
     """Classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class); `resample`
     draws each class equally often, with as many rows an epoch as there are."""
     workers: Count | Auto = "auto"
-    """`auto`: one for each GPU of the cluster, or one."""
+    """Training processes, those that share a copy of the model included. `auto`: one for each GPU of the cluster, or as
+    few as `parallel` needs."""
     resources: Resources = Resources()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validate = Field(default=Validate(), alias="validate")
 

@@ -55,6 +55,11 @@ class Output(msgspec.Struct, frozen=True):
         return Path(self.place).absolute()
 
     @property
+    def scheme(self) -> str:
+        """Of a remote output."""
+        return self.place.partition("://")[0]
+
+    @property
     def key(self) -> str:
         """Of a remote output: bucket and path."""
         return self.place.partition("://")[2]
@@ -110,7 +115,7 @@ def output_of(place: str | None, wanted: str | None) -> Output:
         raise UserError(
             "answers can't be written there",
             where=f"--output {place}",
-            expected="a path or s3://bucket/path",
+            expected="a path, s3://bucket/path or gs://bucket/path",
             found=f"{scheme}://",
             fix="write a file or folder, and copy it from there",
         )
@@ -126,7 +131,7 @@ def refuse_taken(output: Output) -> None:
     """
     is_taken = output.is_folder and not output.is_remote and output.path.exists()
     if output.is_remote:
-        system = remote.system()
+        system = remote.system(output.scheme)
         try:
             there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
@@ -273,7 +278,7 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
             _append(parts.refused, file)
         moved.append((whole, REJECTS))
     if output.is_remote:
-        system, prefix = remote.system(), output.key
+        system, prefix = remote.system(output.scheme), output.key
         for path, name in moved:
             _upload(path, system, f"{prefix}/{name}")
         with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
@@ -297,7 +302,7 @@ def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
         file.flush()
         os.fsync(file)
     if output.is_remote:
-        system, address = remote.system(), output.key
+        system, address = remote.system(output.scheme), output.key
         if parts.refused:
             _upload(refused, system, f"{address}.{REJECTS}")
         elif system.get_file_info(f"{address}.{REJECTS}").type == pafs.FileType.File:

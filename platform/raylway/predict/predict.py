@@ -71,6 +71,7 @@ class Asked(msgspec.Struct, frozen=True):
 
     bundle: str
     files: list[str]
+    how: inputs.How
     output: Output
     scratch: str
 
@@ -95,7 +96,7 @@ def predict(loaded: LoadedJob, bundle: Path, source: str, output: Output, report
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
     with _scratch(output, bundle) as scratch:
-        asked = Asked(str(bundle), opened.files, output, str(scratch))
+        asked = Asked(str(bundle), opened.files, opened.how, output, str(scratch))
         with nullcontext() if is_small else _connected(loaded, reporter):
             todo = opened.items(is_cut=not is_small)
             results = map(Answerer(asked, predictor).answer, todo) if is_small else _on_ray(asked, todo)
@@ -135,7 +136,7 @@ class Answerer:
         columns = schema(record.signature)
         writer = PartWriter(_part(self._scratch, item.index), self._asked.output, columns)
         answered, refused = 0, []
-        for block in inputs.read(item, record.signature, record.transform):
+        for block in inputs.read(item, record.signature, self._asked.how):
             table, rejects = self._answers(block)
             writer.write(table.cast(columns))
             answered += table.num_rows

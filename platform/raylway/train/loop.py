@@ -30,7 +30,7 @@ from raylway.train.feed.order import random_seed
 from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
-from raylway.train.step import Wish, agree, forward_backward, gradient_norm, refuse_divergence, seed_random
+from raylway.train.step import Agreed, Wish, agree, forward_backward, refuse_divergence, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
 
@@ -79,15 +79,16 @@ def train(run: Training, progress: Progress) -> Progress:
     while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
         started_at = time.monotonic()
         batch = run.feed.step(progress.step)
-        seed_random(run.device, random_seed(run.seed, progress.step, run.groups.rank))
+        seed_random(run.device, random_seed(run.seed, progress.step, run.groups.random_rank))
         rate = optim.learning_rate(run.job, plan, progress.updates)
         optim.set_learning_rate(optimizer, rate)
 
         optimizer.zero_grad()
-        loss_sum = forward_backward(run.model, batch, run.task, run.precision)
+        loss_sum = forward_backward(run.model, batch, run.task)
         scaler.unscale_(optimizer)
-        norm = gradient_norm(run.model)
-        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, run.wish(progress))
+        norm = run.model.gradient_norm()
+        digest = batch.digest if run.groups.counts_rows else 0
+        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
         wish = agreed.wish
         refuse_divergence(agreed, norm, progress.step + 1, run.precision.may_skip, progress.skipped_in_a_row)
         if agreed.finite:
@@ -96,7 +97,7 @@ def train(run: Training, progress: Progress) -> Progress:
         scaler.update()
         progress = progress.after_step(updated=agreed.finite)
 
-        _log_step(run, progress, agreed.loss, rate, norm.item(), time.monotonic() - started_at)
+        _log_step(run, progress, agreed, rate, norm.item(), time.monotonic() - started_at)
         is_last = progress.step == plan.total_steps
         improved = False
         if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
@@ -106,12 +107,13 @@ def train(run: Training, progress: Progress) -> Progress:
     return progress
 
 
-def _log_step(run: Training, progress: Progress, loss: float, rate: float, norm: float, elapsed_s: float) -> None:
+def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float, elapsed_s: float) -> None:
     run.log.write(
         "step",
         step=progress.step,
         epoch=(progress.step - 1) // run.plan.steps_per_epoch + 1,
-        loss=loss,
+        batch=f"{agreed.batch:014x}",
+        loss=agreed.loss,
         lr=rate,
         grad_norm=norm,
         rows_per_s=run.plan.rows_in(progress.step) / elapsed_s,
@@ -122,7 +124,7 @@ def _log_step(run: Training, progress: Progress, loss: float, rate: float, norm:
 
 def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
     """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
-    figures = validation.figures(run.model, run.device)
+    figures = validation.figures(run.model)
     metric = run.job.validation.best
     best = validate.judge(progress.best, metric, figures[metric], progress.step)
     improved = best.step == progress.step

@@ -12,8 +12,10 @@ import msgspec
 
 from raylway.errors import UserError
 from raylway.features.signature import Task
-from raylway.job.schema import Job
+from raylway.job.schema import Job, Schedule
 from raylway.job.units import Duration
+from raylway.train import division
+from raylway.train.division import CHUNKS_A_STAGE, Division
 from raylway.train.feed.order import num_microbatches
 
 STEPS_PER_EPOCH = 50
@@ -23,6 +25,8 @@ SMALLEST_BATCH, LARGEST_BATCH = 16, 1024
 EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 20, 200, 1_000
 """Without `for`: 20 epochs, or more so that small data gets 1,000 steps, but never more than 200."""
 LARGEST_MICROBATCH = 4_096
+DECAY_SHARE = 0.2
+"""Of the steps, for the fall of `wsd`: 10% to 20% do (arXiv 2405.18392)."""
 SMALL_DATA_BYTES = 1 << 30
 LANES = 64
 """Data up to 1 GiB is shuffled as one window; larger data runs in 64 lanes (see `feed.order`)."""
@@ -55,11 +59,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_steps: int
     decay_every_steps: int | None
     """Of the `step` schedule."""
+    decay_steps: int | None
+    """Of the `wsd` schedule."""
     validate_every_steps: int | None
     """None when there are no validation rows; then the newest weights are the best."""
     checkpoint_every_steps: int | None
     checkpoint_every_s: float | None
     """One of the two is set."""
+    division: Division = Division()
+
+    @property
+    def data_ranks(self) -> int:
+        """Among how many the rows of a step are divided: the workers, or the groups of them that share their rows."""
+        return self.workers // self.division.sharers
 
     @property
     def epochs(self) -> float:
@@ -96,33 +108,40 @@ def plan(
     """
     _refuse_misfits(job, task, rows_train, rows_validation)
     train = job.train
-    workers = train.workers if isinstance(train.workers, int) else max(1, int(gpus))
-    batch = _global_batch(train.global_batch, rows_train, workers)
-    share = math.ceil(batch / workers)
-    microbatch = train.microbatch if isinstance(train.microbatch, int) else min(share, LARGEST_MICROBATCH)
+    divided = division.division(job)
+    workers = division.workers(job, divided, int(gpus))
+    data_ranks = workers // divided.sharers
+    batch = _global_batch(train.global_batch, rows_train, data_ranks)
+    microbatch = train.microbatch if isinstance(train.microbatch, int) else _microbatch(batch, data_ranks, divided)
+    accumulation = num_microbatches(batch, data_ranks, microbatch)
+    division.refuse_short_pipeline(divided, accumulation)
     steps_per_epoch = math.ceil(rows_train / batch)
     wanted_gpus = train.resources.gpus
     gpus_per_worker = wanted_gpus if isinstance(wanted_gpus, int) else int(gpus >= 1)
     automatic: Literal["bf16", "fp32"] = "bf16" if gpus_per_worker else "fp32"
     every = train.checkpoint.every
+    total_steps = _total_steps(train.duration, steps_per_epoch)
+    warmup_steps = train.schedule.warmup.in_steps(steps_per_epoch)
     return Plan(
         rows_train=rows_train,
         rows_validation=rows_validation,
         steps_per_epoch=steps_per_epoch,
-        total_steps=_total_steps(train.duration, steps_per_epoch),
+        total_steps=total_steps,
         global_batch=batch,
         microbatch=microbatch,
-        accumulation=num_microbatches(batch, workers, microbatch),
+        accumulation=accumulation,
         workers=workers,
         cpus_per_worker=train.resources.cpus,
         gpus_per_worker=gpus_per_worker,
         precision=automatic if train.precision == "auto" else train.precision,
         lanes=1 if _bytes(rows_train, num_numeric, num_categorical) <= SMALL_DATA_BYTES else LANES,
-        warmup_steps=train.schedule.warmup.in_steps(steps_per_epoch),
+        warmup_steps=warmup_steps,
         decay_every_steps=train.schedule.every.in_steps(steps_per_epoch) if train.schedule.every else None,
+        decay_steps=_decay_steps(train.schedule, total_steps, warmup_steps, steps_per_epoch),
         validate_every_steps=train.validation.every.in_steps(steps_per_epoch) if rows_validation else None,
         checkpoint_every_steps=None if every.is_time else max(1, every.in_steps(steps_per_epoch)),
         checkpoint_every_s=every.seconds if every.is_time else None,
+        division=divided,
     )
 
 
@@ -170,11 +189,33 @@ def _global_batch(wanted: int | Literal["auto"], rows: int, workers: int) -> int
     return batch
 
 
+def _microbatch(batch: int, data_ranks: int, divided: Division) -> int:
+    """Of a job that leaves it open: a rank's whole share, or what keeps all stages of a pipeline at work."""
+    passes = divided.parts * CHUNKS_A_STAGE if divided.kind == "pipeline" else 1
+    return min(math.ceil(math.ceil(batch / data_ranks) / passes), LARGEST_MICROBATCH)
+
+
 def _total_steps(duration: Duration | Literal["auto"], steps_per_epoch: int) -> int:
     if isinstance(duration, Duration):
         return max(1, duration.in_steps(steps_per_epoch))
     epochs = min(MOST_EPOCHS, max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch)))
     return epochs * steps_per_epoch
+
+
+def _decay_steps(schedule: Schedule, total_steps: int, warmup_steps: int, steps_per_epoch: int) -> int | None:
+    if schedule.kind != "wsd":
+        return None
+    if schedule.decay is None:
+        return max(1, min(round(DECAY_SHARE * total_steps), total_steps - warmup_steps))
+    steps = schedule.decay.in_steps(steps_per_epoch)
+    if warmup_steps + steps > total_steps:
+        raise UserError(
+            "warm-up and decay are longer than training",
+            where="train.schedule.decay",
+            expected=f"at most {total_steps:,} steps for both",
+            found=f"{warmup_steps:,} and {steps:,} steps",
+        )
+    return steps
 
 
 def _bytes(rows: int, num_numeric: int, num_categorical: int) -> int:
