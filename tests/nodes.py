@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, one raylet each, whose nodes can be killed; it needs a token."""
+"""A Ray cluster of several nodes on this machine, one raylet each, that can be killed; token authentication is on."""
 
 from __future__ import annotations
 

@@ -75,8 +75,15 @@ class Case:
 
     def steps(self) -> list[dict[str, Any]]:
         """The step lines of metrics.jsonl."""
+        return self._lines("step")
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The validation lines."""
+        return self._lines("validation")
+
+    def _lines(self, kind: str) -> list[dict[str, Any]]:
         lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
-        return [line for line in lines if line["kind"] == "step"]
+        return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:
         from raylway.train.checkpoint import load_model

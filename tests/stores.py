@@ -20,6 +20,8 @@ import pyarrow.fs as pa_fs
 
 KEY, SECRET = "raylwaytestkey", "n0t-for-any-log-7c1e"
 _MODEST = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
+_ALONE = ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+"""Services on ports that are always the same: two servers on one machine would be in each other's way."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def s3(folder: Path) -> Iterator[Bucket]:
     grpc = ["-master.port.grpc", "-volume.port.grpc", "-filer.port.grpc", "-s3.port.grpc"]
     ports = free_ports(8)
     options = [f"{name}={port}" for name, port in zip([*names, *grpc], ports, strict=True)]
-    command = [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", *options, *_MODEST]
+    command = [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", *options, *_MODEST, *_ALONE]
     with _running(command, folder) as server:
         files = pa_fs.S3FileSystem(
             access_key=KEY,

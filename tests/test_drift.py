@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from made import made
 from preparing import prepared
 from scipy import special, stats
+from web_server import Web
 
 from raylway.bundle.contents import BundleRecord, Provenance
 from raylway.data.drift import as_text, drift
@@ -131,6 +132,12 @@ def test_rows_of_the_training_distribution_have_not_drifted(tmp_path: Path, coun
     assert found.rows == count
     assert not found.drifted, as_text(found)
     assert as_text(found).endswith("no input has drifted")
+
+
+def test_a_file_of_a_web_server_drifts_as_one_on_disk(tmp_path: Path, web: Web) -> None:
+    rows(7, 500, shift=0.5).to_csv(tmp_path / "new.csv", index=False)
+    address = web.put("new.csv", (tmp_path / "new.csv").read_bytes())
+    assert drift(record(), address).shifts == drift(record(), str(tmp_path / "new.csv")).shifts
 
 
 def test_what_has_drifted_is_named_first(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from preparing import read
 
@@ -190,6 +190,29 @@ def test_json_lines_are_read_back(tmp_path_factory, frame, packing):
         found, ids, rejects, _ = read(folder, step, source=f"rows.jsonl{packing}")
         assert not rejects and ids == list(range(1, len(frame) + 1))
         equal(found, frame)
+
+
+LINES = st.lists(
+    st.sampled_from(["a", " ", "é", "👩‍🚀", "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\0", "\r", '"', "7"])
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(LINES.map("".join), min_size=1, max_size=8), st.booleans(), st.sampled_from(["utf-8", "utf-16"]), PACKINGS
+)
+def test_a_line_of_text_ends_with_a_line_feed_and_nothing_else(tmp_path_factory, lines, is_closed, encoding, packing):
+    """Wherever the file is cut: within a character or between CR and LF."""
+    folder = tmp_path_factory.mktemp("text")
+    content = "\n".join(lines) + "\n" * (is_closed or not any(lines))
+    assume(not content.startswith("\0"))  # in UTF-16 such a file begins as one in UTF-32 does
+    (folder / f"rows.txt{packing}").write_bytes(packed(content.encode(encoding), packing, "rows.txt"))
+    wanted = [line.removesuffix("\r") or None for line in content.split("\n")]
+    wanted = wanted if content.split("\n")[-1] else wanted[:-1]
+    for step in (1 << 20, 1, 3, 10):
+        found, ids, rejects, _ = read(folder, step, source=f"rows.txt{packing}", target="text")
+        assert found["text"].to_pylist() == wanted and not rejects
+        assert ids == list(range(1, len(wanted) + 1))
 
 
 def _json(value: Any) -> Any:

@@ -207,6 +207,21 @@ def test_invalid_rows_go_to_quarantine_with_file_line_and_reason(tmp_path):
         prepared(tmp_path, {"source": "rows.csv", "target": "label", "clean": {"invalid": "error"}})
 
 
+@pytest.mark.parametrize("share", [1, 7, 14, 28, 29, 30])
+def test_the_share_of_invalid_rows_is_exact(tmp_path, share):
+    """0.29 * 100 is a bit less than 29."""
+    for bad in (share, share + 1):
+        lines = [f"{'bad' if row < bad else row},{row},{'ab'[row % 2]}" for row in range(100)]
+        (tmp_path / "rows.csv").write_text("\n".join(["x,z,y", *lines, ""]))
+        data = {"source": "rows.csv", "target": "y", "features": {"numeric": ["x"]}}
+        data["clean"] = {"max_invalid": f"{share}%"}
+        if bad == share:
+            assert prepared(tmp_path, data).manifest.account.quarantined == share
+        else:
+            with pytest.raises(UserError, match=f"{bad} of 100"):
+                prepared(tmp_path, data)
+
+
 def test_a_word_late_in_a_column_makes_all_of_it_text(tmp_path, monkeypatch):
     """Earlier pieces have kept numbers only and must give their text back: 1.50 is not 1.5."""
     monkeypatch.setattr(csv_read, "RANGE_BYTES", 200)

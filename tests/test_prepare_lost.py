@@ -165,9 +165,14 @@ def test_pieces_go_when_nobody_names_them(tmp_path, monkeypatch):
     kept = folder / "runs" / "prepared" / pieces.FOLDER
     keys = {path.name for path in kept.iterdir() if path.is_dir()}
     assert keys == set(json.loads((first.folder / pieces.USED).read_text()))
-    stray = kept / "0123"
+    stray, cut = kept / "0123", kept / min(keys) / ".cut"
     stray.mkdir()
+    cut.touch()
+    with pieces.in_use(kept.parent):
+        pieces.sweep(kept.parent, [])
+    assert cut.exists()  # it may be written just now
     pieces.sweep(kept.parent, [])
+    assert not cut.exists()
     assert stray.exists()  # a killed preparation may still want it
     os.utime(stray, (0, 0))
     for key in keys:

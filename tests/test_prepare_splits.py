@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -11,6 +14,7 @@ from preparing import job, prepared
 from raylway.data import items, prepare, sources
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, Prepared
+from raylway.runs.progress import Reporter
 
 
 def side_by_row(found: Prepared) -> dict[tuple[str, int], str]:
@@ -212,6 +216,116 @@ def test_new_rows_of_an_old_group_or_time_go_where_it_is(tmp_path, split):
     lines = [*(("in/a.csv", line) for line in range(2, 302)), *(("in/b.csv", line) for line in range(2, 302))]
     unit = frame[split["column"]]
     assert (pd.Series([after[row] for row in lines]).groupby(unit).nunique() == 1).all()
+
+
+@pytest.mark.parametrize("by", ["stratified", "random", "group", "time", "column", "files"])
+@pytest.mark.parametrize("duplicates", ["drop", "keep"])
+def test_what_is_said_of_more_files_is_true(tmp_path, by, duplicates):
+    """What was read now, in the product's own count; no side of an earlier row changes but as the decisions say."""
+    rng = np.random.default_rng(7)
+    (tmp_path / "in").mkdir()
+    split = {"by": by, "column": {"group": "patient", "time": "day", "column": "side"}.get(by)}
+    data = {"source": "in", "target": "y", "split": split, "clean": {"duplicates": duplicates}}
+    names = ["b.csv", "z.csv", "a.csv", "m.csv"]
+    if by == "files":
+        names = ["train5.csv", "test5.csv", "train1.csv", "test1.csv"]
+        data |= {"source": {"train": "in/train*.csv", "test": "in/test*.csv"}, "split": {}}
+        few(table(60, 99), rng).to_csv(tmp_path / "in" / "test3.csv", index=False)
+    before, known, moved = {}, 0, 0
+    for seed, name in enumerate(names):
+        frame = few(table(80, seed), rng)
+        if by == "column":
+            frame["side"] = rng.choice(SPLITS, 80, p=[0.6, 0.2, 0.2])
+        frame.to_csv(tmp_path / "in" / name, index=False)
+        said = io.StringIO()
+        found = prepare.prepare(job(tmp_path, data), tmp_path / "runs", Reporter("lines", said))
+        size = sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+        read = f"read {size - known:,} of {size:,} bytes; the others were read before"
+        assert (read in said.getvalue()) == bool(known), said.getvalue()
+        after = side_by_row(found)
+        changed = {row for row, side in before.items() if after.get(row) != side}
+        assert all(after.get(row) is None for row in changed)  # none stands on another side
+        keeps = [text for text in found.manifest.decisions if "keep their sides" in text]
+        assert len(keeps) == bool(before)
+        if changed:
+            assert keeps[0].endswith("keep their sides, but for those that are left out as duplicates")
+        assert found.manifest.leak_test is not None and found.manifest.leak_test.passed
+        before, known, moved = after, size, moved + len(changed)
+    assert bool(moved) == (by in ("column", "files"))
+
+
+def few(frame: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """A table some of whose rows stand in others too."""
+    patient, x = rng.integers(0, 6, (2, len(frame)))
+    return frame.assign(patient=patient, x=x, day=[f"2024-01-0{number + 1}" for number in patient])
+
+
+@pytest.mark.parametrize("by", ["stratified", "random", "group", "time", "at", "column", "files"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_split_of_any_table_is_that_of_pandas(tmp_path, by, seed):
+    """Exact counts, no straddling rows, the right ones left out, and each listed with the row that it repeats."""
+    rng = np.random.default_rng([seed, len(by)])
+    size = int(rng.integers(30, 200))
+    frame = table(size, seed).assign(x=rng.integers(0, int(rng.choice([4, 40, 10**6])), size))
+    frame["day"] = (frame["x"] * 7 + frame["patient"]) % 23
+    duplicates = ["drop", "keep"][seed % 2]
+    validation, test = [(0.1, 0.2), (0.0, 0.33), (0.05, 0.3), (0.25, 0.25)][seed]
+    data = {"source": "rows.csv", "target": "y", "clean": {"duplicates": duplicates}}
+    split = {"by": by, "validation": f"{100 * validation:g}%", "test": f"{100 * test:g}%"}
+    split["column"] = {"group": "patient", "time": "day", "column": "side"}.get(by)
+    own = pd.Series(rng.choice(SPLITS, size, p=[0.6, 0.2, 0.2]), frame.index)
+    columns = list(frame)
+    if by == "at":
+        split = {"by": "time", "column": "day", "at": {"validation": 12, "test": 18}}
+        own = pd.Series(np.select([frame["day"] >= 18, frame["day"] >= 12], ["test", "validation"], "train"))
+    if by == "files":
+        for side in SPLITS:
+            frame[own == side].to_csv(tmp_path / f"{side}.csv", index=False)
+        data["source"] = {side: f"{side}.csv" for side in SPLITS}
+        place = {row: (f"{own[row]}.csv", 2 + int((own[:row] == own[row]).sum())) for row in frame.index}
+    else:
+        (frame.assign(side=own) if by == "column" else frame).to_csv(tmp_path / "rows.csv", index=False)
+        data["split"] = split
+        place = {row: ("rows.csv", row + 2) for row in frame.index}
+    found = prepared(tmp_path, data)
+    by_place, account = side_by_row(found), found.manifest.account
+    side = pd.Series({row: by_place.get(place[row]) for row in frame.index})
+    kept = frame.assign(side=side)[side.notna()]
+    assert (kept.groupby(columns)["side"].nunique() == 1).all() and len(kept) == account.kept
+    first = ~frame.duplicated(columns)
+    if by in ("at", "column", "files"):
+        furthest = own.map(SPLITS.index).groupby([frame[name] for name in columns]).transform("max")
+        assert (own[kept.index] == kept["side"]).all()
+        assert (kept["side"].map(SPLITS.index) == furthest[kept.index]).all()
+        assert len(kept) == (first.sum() if duplicates == "drop" else (own.map(SPLITS.index) == furthest).sum())
+    else:
+        assert side.notna().equals(first if duplicates == "drop" else first | True)
+    if by in ("stratified", "random") and duplicates == "drop":
+        wanted = [int(np.floor(share * len(kept) + 0.5)) for share in (validation, test)]
+        assert [account.validation, account.test] == wanted
+        for name, total in zip(("validation", "test"), wanted, strict=True):
+            got = kept["y"][kept["side"] == name].value_counts()
+            share = total * kept["y"].value_counts() / len(kept)
+            assert by == "random" or (share - got.reindex(share.index, fill_value=0)).abs().max() < 1
+    if by == "group":
+        assert (kept.groupby("patient")["side"].nunique() == 1).all()
+    if by == "time":
+        ends = kept.groupby("side")["day"].agg(["min", "max"])
+        sides = [name for name in SPLITS if name in ends.index]
+        assert all(ends["max"][one] < ends["min"][other] for one, other in itertools.pairwise(sides))
+    _check_duplicates(frame, side, {at: row for row, at in place.items()}, found)
+
+
+def _check_duplicates(frame, side, where, found):
+    """Each row that is left out is listed once, with an equal row that stays."""
+    listed = pa.ipc.open_file(str(found.folder / DUPLICATES)).read_all().to_pylist()
+    assert len(listed) == found.manifest.account.duplicates == side.isna().sum()
+    for each in listed:
+        copy, original = (
+            where[found.manifest.files[row >> LINE_BITS], row & ((1 << LINE_BITS) - 1)]
+            for row in (each["row_id"], each["first_row_id"])
+        )
+        assert frame.loc[copy].equals(frame.loc[original]) and pd.isna(side[copy]) and not pd.isna(side[original])
 
 
 def test_new_files_that_change_a_type_divide_all_rows_anew(tmp_path):

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import raylway
 from hypothesis import given
 from hypothesis import strategies as st
 from preparing import job, prepared
@@ -413,3 +414,31 @@ def test_few_cells_that_are_no_dates_make_rows_invalid_and_missing_words_are_mis
         assert [each.type for each in found.signature.inputs] == ["date", "number"]
         listed = prepared(tmp_path, data | {"features": {"categorical": ["day"]}}).manifest
         assert listed.account.kept == 300
+
+
+def test_a_run_predicts_its_own_rows_as_it_evaluated_them(tmp_path: Path) -> None:
+    """Through the command line: the job's way of reading reaches `predict`, `drift` and the bundle's signature."""
+    cells = CELLS | {"rate": every([1.5, float("inf"), 2.5, -999.0, 3.5, None, 2.0, 4.0])}
+    folded = {name: values * 4 for name, values in cells.items()}
+    folded["x"] = np.random.default_rng(0).normal(size=4 * ROWS).round(3).tolist()
+    read = {"decimal": ",", "missing": [-999]}
+    loaded = job(
+        tmp_path,
+        DATA | {"source": write(tmp_path, "csv", folded, decimal=","), "read": read},
+        train={"for": "2 epochs"},
+    )
+    done = raylway("run", loaded.path, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = raylway("predict", "made", "rows.csv", "-o", "answers.parquet", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = pq.read_table(tmp_path / "answers.parquet").to_pandas().set_index("row_id")
+    (run,) = (path.parent for path in tmp_path.glob("runs/made/*/predictions.parquet"))
+    evaluated = pq.read_table(run / "predictions.parquet").to_pandas().set_index("row_id")
+    assert len(answers) == 4 * ROWS and len(evaluated) == 48
+    same = answers.loc[evaluated.index]
+    probabilities = [name for name in evaluated.columns if name.startswith("p_")]
+    np.testing.assert_array_equal(same[probabilities].to_numpy(), evaluated[probabilities].to_numpy())
+    done = raylway("drift", "made", "rows.csv", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    signature = json.loads((run / "bundle" / "bundle.json").read_text())["signature"]
+    assert signature["missing"] == ["-999"]

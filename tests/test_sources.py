@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -144,6 +145,22 @@ def test_what_a_mistake_in_the_data_gets(tmp_path, text, top, words):
     (tmp_path / "rows.csv").write_text(text)
     shown = refusal(tmp_path, {"source": "rows.csv", "target": "y"}, **top)
     assert all(word in shown for word in words), shown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps([{"a": 1, "y": "p"}, {"a": 2, "y": "q"}], indent=1), ["rows.jsonl:1", "the line is not JSON"]),
+        ('\n[{"a": 1, "y": "p"}, {"a": 2, "y": "q"}]\n', ["rows.jsonl:2", "no JSON object"]),
+        ("a,y\n1,p\n", ["rows.jsonl:1", "not JSON", "a,y"]),
+    ],
+)
+def test_other_json_than_lines_of_objects_is_told_by_its_line(tmp_path, text, words):
+    (tmp_path / "rows.jsonl").write_text(text)
+    shown = refusal(tmp_path, {"source": "rows.jsonl", "target": "y"})
+    assert all(word in shown for word in [*words, "on each line one object", "lines=True"]), shown
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    assert "the source has no rows" in refusal(tmp_path, {"source": "rows.jsonl", "target": "y"})
 
 
 def test_a_target_without_a_value_is_told_so(tmp_path):

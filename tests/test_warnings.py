@@ -199,6 +199,16 @@ def test_constant_and_mostly_missing_columns_are_named(tmp_path: Path) -> None:
     assert "it holds '4' in every row" in found[0]
 
 
+def test_values_that_look_alike_are_named(tmp_path: Path) -> None:
+    frame = ordinary()
+    frame["colour"] = ["red", "Red", "blue", "caf\u00e9", "cafe\u0301", "a b"] * (ROWS // 6)
+    frame.loc[:80, "answer"] = " yes"
+    first, second = (each for each in warned(tmp_path, frame) if "differ in blanks" in each)
+    assert first.startswith("column 'colour'") and "'Red', 'red'" in first and "blue" not in first
+    assert "'cafe\u0301', 'caf\u00e9'" in first and "a category of its own" in first
+    assert second.startswith("column 'answer'") and "' yes', 'yes'" in second and "a class of its own" in second
+
+
 def test_classes_with_few_rows_are_named(tmp_path: Path) -> None:
     frame = ordinary()
     frame.loc[:4, "answer"] = "perhaps"

@@ -219,10 +219,9 @@ def stored(
     array = _plain(column, name, where)
     if pa.types.is_null(array.type) or array.null_count == len(array):
         return pa.nulls(len(array)), Seen([source], ["null"], missing=len(array))
-    if pa.types.is_decimal(array.type):
-        return examine(array.cast(pa.string()), row_ids, keep_text=False, source=source)
-    if pa.types.is_uint64(array.type):
-        fits = pc.max(array).as_py() < 2**63
+    if pa.types.is_uint64(array.type) or pa.types.is_decimal(array.type):
+        least, most = pc.min_max(array).as_py().values()
+        fits = least >= -(2**63) and most < 2**63
         array = array.cast(pa.int64() if fits else pa.string())
         if not fits:
             return examine(array, row_ids, keep_text=True, source=source)
@@ -254,7 +253,7 @@ def stored(
 
 
 def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
-    """One array without dictionary, of null, bool, an integer, real or decimal type, or text."""
+    """One array without dictionary, of null, bool, an integer or real type, decimals without a fraction, or text."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -265,8 +264,12 @@ def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
     flat = (
         pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
     )
-    if flat or pa.types.is_decimal(kind):
+    if flat:
         return array
+    if pa.types.is_decimal(kind):
+        if kind.scale == 0:  # an identifier of 20 digits is no double
+            return array
+        return array.cast(pa.string()).cast(pa.float64())  # the direct way misses the nearest double
     if pa.types.is_large_string(kind) or pa.types.is_string(kind) or str(kind) == "string_view":
         return array.cast(pa.string())
     if pa.types.is_date(kind):
@@ -274,16 +277,7 @@ def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
     if pa.types.is_timestamp(kind) and kind.tz:
         array = array.cast(pa.timestamp(kind.unit, "UTC"))  # one instant has one text whatever its zone
     if pa.types.is_time(kind) or pa.types.is_timestamp(kind):
-        try:
-            return _iso(array.cast(pa.string()))
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"the times of the column {name!r} have a zone that is not known",
-                where=where,
-                expected="a zone of the machine's time zone database, such as Europe/Berlin, or +02:00",
-                found=str(error),
-                fix="write the column with another zone, such as UTC",
-            ) from None
+        return _iso(array.cast(pa.string()))
     raise not_read(name, _type_name(kind), where)
 
 

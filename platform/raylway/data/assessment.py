@@ -152,7 +152,7 @@ def types_of(loaded: LoadedJob, names: Names, seen: dict[str, Seen], places: Pla
     numeric = set(names.numeric)
     if loaded.job.task == "regression" and names.target in seen and "text" in seen[names.target].sources:
         column = seen[names.target]
-        if column.bad > loaded.job.data.clean.max_invalid * column.present:
+        if not loaded.job.data.clean.lets_pass(column.bad, column.present):
             first = column.first_bad
             what = "true or false" if column.is_truth else "text"
             raise unfit_target(loaded, names.target, what, places.cell(first) if first else what, first)

@@ -149,8 +149,8 @@ def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -
     for name in names:
         stored, decimal = taken[name].combine_chunks(), _decimal(piece, name, rules)
         arrays[name] = columns.final(stored, rules.types[name], rules.infinite_is_missing, decimal)[0]
-        if name in rules.dates:
-            arrays[name] = _without_words(arrays[name])
+        if name in rules.dates and pa.types.is_dictionary(stored.type):
+            arrays[name] = _without_words(stored.dictionary).take(stored.indices)
     return pa.table({**arrays, ROW_ID: taken[ROW_ID]})
 
 
@@ -182,13 +182,13 @@ def type_name(kind: pa.DataType) -> str:
     return "float64" if pa.types.is_floating(kind) else str(kind)
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
-
-
 def _decimal(piece: Piece, name: str, rules: Rules) -> Decimal:
     """CSV files have the job's decimal sign; other formats hold numbers, or text as everybody writes it."""
     return rules.decimal if "text" in piece.facts.seen[name].sources else "."
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
 
 
 def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
@@ -204,8 +204,10 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
             arrays[name] = stored
             continue
         arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing, _decimal(piece, name, rules))
-        if name in rules.dates and wanted == "string":
-            arrays[name], invalid = dates_of(arrays[name])
+        if name in rules.dates and pa.types.is_dictionary(stored.type):
+            texts, strange = dates_of(stored.dictionary)
+            codes = stored.indices.fill_null(len(strange)).to_numpy(zero_copy_only=False)
+            arrays[name], invalid = texts.take(stored.indices), np.append(strange, False)[codes]
         if invalid is not None:
             for row in np.flatnonzero(invalid):
                 first.setdefault(int(row), name)

@@ -83,7 +83,7 @@ def decide(seen: dict[str, Seen], numeric: set[str], text: set[str], clean: Clea
             types[name] = _of_typed(name, column)
         if types[name] == "string" and column.dates and name not in text:
             strange = column.present - column.words - column.dates
-            if strange <= clean.max_invalid * column.present:
+            if clean.lets_pass(strange, column.present):
                 dates.append(name)
                 sentences += [_invalid(name, "dates", strange, column.first_no_date, places)] * bool(strange)
                 sentences += [_with_words(name, column, "dates")] * bool(column.words)
@@ -130,7 +130,7 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
         strange = column.present - column.words - column.truths
         text = f"column {name!r} is text: {strange:,} of {column.present:,} cells are neither true nor false"
         return "string", [text] * (column.truths > strange)
-    if column.bad > clean.max_invalid * column.present:
+    if not clean.lets_pass(column.bad, column.present):
         if column.numbers < column.bad:
             return "string", []
         share = f"{column.bad} of {column.present} cells are no numbers"

@@ -22,7 +22,7 @@ from raylway.features import derive, transform
 from raylway.features.prepared import FORMAT, MANIFEST, Lineage
 from raylway.job.load import LoadedJob, located
 
-VERSION = 5
+VERSION = 6
 """Raise it when preparation gives other bytes for the same source and job."""
 
 

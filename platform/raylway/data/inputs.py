@@ -101,7 +101,8 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
     names: list[str] = []
     parts: list[Part] = []
     for location in locations:
-        if not location.function and not location.size:
+        one = open_source(loaded, [location], may_be_empty=True)
+        if not one.columns:
             if len(locations) == 1:
                 raise UserError(
                     "the file is empty",
@@ -111,7 +112,6 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
                     fix="name a file with rows",
                 )
             continue  # no heading and no rows, as in preparation
-        one = open_source(loaded, [location])
         _require_inputs(one.columns, signature, one.files[0])
         parts += [msgspec.structs.replace(part, file=len(names) + part.file) for part in one.parts]
         names += one.files

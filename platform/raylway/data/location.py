@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Literal
@@ -147,6 +148,13 @@ def unreadable(name: str, where: str, error: OSError | None = None) -> UserError
         found=f"{name}: {error.strerror or error}" if error else name,
         fix="give this user the right to read it, and to enter its folder, or take it out of the source",
     )
+
+
+def is_spelled(pattern: str) -> bool:
+    """Whether a glob names hidden files itself: one of its parts begins with a dot or an underscore, `_*.csv`."""
+    parts = pattern.split("/")
+    until = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return any(part.startswith((".", "_")) for part in parts[until:])
 
 
 def unknown_format(text: str, where: str) -> UserError:

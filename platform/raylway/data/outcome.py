@@ -11,15 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylway.data import sides
-from raylway.data.assessment import (
-    Columns,
-    Counted,
-    Found,
-    columns_of,
-    comma_hint,
-    ordering_of,
-    unfit_target,
-)
+from raylway.data.assessment import Columns, Counted, Found, columns_of, comma_hint, ordering_of, unfit_target
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Reject
@@ -157,6 +149,7 @@ class Preview:
     task: Task
     classes: list[str]
     roles: Roles
+    plan: FitPlan
     distinct: dict[str, int]
     usable: int
     sentences: list[str]
@@ -177,9 +170,9 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     empty = empty_columns(seen)
     where = loaded.location("data.features")
     roles = choose_features(names, types, different, rows, empty, rules.dates, where)
-    fit_plan(loaded, names, roles, task, classes)
+    plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
-    return Preview(task, classes, roles, different, rows, sentences, columns.described)
+    return Preview(task, classes, roles, plan, different, rows, sentences, columns.described)
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
@@ -227,7 +220,7 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
     if not read:
         raise no_rows(loaded.location("data.source"), source)
     clean = loaded.job.data.clean
-    if rejects and (clean.invalid == "error" or invalid > clean.max_invalid * read):
+    if rejects and (clean.invalid == "error" or not clean.lets_pass(invalid, read)):
         first = rejects[0]
         limit = "none" if clean.invalid == "error" else f"at most {100 * clean.max_invalid:.4g}% of the rows"
         column = f"column {first.column!r}: " if first.column else ""

@@ -162,10 +162,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
             [functools.partial(_contents, task, decided.division, work.kept, found.assessment) for task in tasks],
         ),
     )
-    for sentence in manifest.decisions:
-        work.reporter.note(f"  {sentence}")
-    for sentence in manifest.warnings:
-        work.reporter.note(f"  warning: {sentence}")
+    _tell(work.reporter, manifest, found)
     _write_quarantine(work.folder, work.kept, tasks, found.assessment, source)
     _write_duplicates(work.folder, decided.division.exceptions)
     empty = outcome.empty_columns(found.seen)
@@ -175,6 +172,16 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
     storage.write_record(work.folder / pieces.USED, keys if start.may_grow else [])
     storage.write_record(work.folder / MANIFEST, manifest)
     return manifest, keys
+
+
+def _tell(reporter: Reporter, manifest: Manifest, found: Found) -> None:
+    for sentence in manifest.decisions:
+        reporter.note(f"  {sentence}")
+    for sentence in manifest.warnings:
+        reporter.note(f"  warning: {sentence}")
+    size = sum(item.size for item in found.items)
+    if found.fresh < size:
+        reporter.note(f"  read {found.fresh:,} of {size:,} bytes; the others were read before")
 
 
 def _decide(

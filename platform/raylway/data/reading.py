@@ -45,6 +45,8 @@ class Found:
     """Over all rows that could be read."""
     assessment: str
     """Name of what became of the rows, beside each piece."""
+    fresh: int
+    """Bytes of the source that were read now; the others were on disk as pieces."""
 
 
 def read(
@@ -72,6 +74,7 @@ def read(
     rules = _expected_rules(loaded, source, names)
     how = loaded.job.data.read
     reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, [], how.decimal, how.missing_words)
+    fresh: dict[str, int] = {}
     total = sum(part.size for item in todo for part in item.parts) / 1e6
 
     def over(rules: Rules | None, must_fit: bool) -> tuple[list[ReadItem], Columns]:
@@ -85,6 +88,7 @@ def read(
             for item in engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, few):
                 done += item.size / 1e6
                 stage.update(min(done, total), total, "MB read")
+                fresh[item.key] = max(fresh.get(item.key, 0), item.size * item.reads)
                 yield from item.found
                 read.append(item.slim())
 
@@ -105,7 +109,7 @@ def read(
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
             read, columns = over(decided, must_fit=True)
-        return Found(read, decided, types, seen, columns, passes.assessment_of(decided, order))
+        return Found(read, decided, types, seen, columns, passes.assessment_of(decided, order), sum(fresh.values()))
 
 
 def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:

@@ -31,12 +31,15 @@ from raylway.data.location import (
     chosen,
     format_of,
     is_hidden,
+    is_spelled,
     unknown_format,
     was_changed,
 )
 from raylway.errors import UserError
 
 SCHEMES = ("s3", "gs")
+FAILURES = (OSError, pa.ArrowException)
+"""What the clients raise; Google's raises both."""
 _TIMEOUT_S = 10
 _ATTEMPTS = 2
 _ASKED_AT_ONCE = 16
@@ -73,8 +76,8 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
         files = {info.path: info for info in _listed(system(scheme), path) if info.is_file}
     if len(files) == 1 and path in files and not declared and format_of(path) is None:
         raise unknown_format(text, where)
-    base = path if path not in files else ""
-    names = [name for name in files if not (base and is_hidden(name.removeprefix(base).lstrip("/")))]
+    base = path if path in files else _fixed(path)
+    names = [name for name in files if is_spelled(path) or not is_hidden(name.removeprefix(base).lstrip("/"))]
     wanted = chosen(names, declared)
     if not wanted:
         raise UserError(
@@ -146,18 +149,22 @@ def _stamped(location: Location) -> Location:
 
 def _listed(client: pa_fs.FileSystem, path: str) -> list[Any]:
     """Everything that a path, folder or glob of a bucket names."""
-    fixed = path
-    if glob.has_magic(path):
-        parts = path.split("/")
-        until = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        fixed = "/".join(parts[:until])
-    info = client.get_file_info(fixed)
-    if info.is_file:
-        return [info]
+    for name in dict.fromkeys([path, _fixed(path)]):  # a name may hold a wildcard
+        info = client.get_file_info(name)
+        if info.is_file:
+            return [info]
+    fixed = _fixed(path)
     every = client.get_file_info(pa_fs.FileSelector(fixed, recursive=True, allow_not_found=True))
     if fixed == path:
         return every
     return [info for info in every if _fits(info.path.split("/"), path.split("/"))]
+
+
+def _fixed(path: str) -> str:
+    """A glob's own words up to its first wildcard; another path itself."""
+    parts = path.split("/")
+    until = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return "/".join(parts[:until])
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
@@ -207,7 +214,7 @@ def _google() -> pa_fs.FileSystem:
 def _told(text: str, where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # Google's client raises both
+    except FAILURES as error:
         raise unreadable(text, where, error) from None
 
 

@@ -167,5 +167,7 @@ def sentences(order: Ordering, told: Told, past: list[Generation]) -> list[str]:
                 "equal rows are on a side further held out"
             )
     if past:
-        said.append(f"the rows of the first {sum(each.files for each in past)} files keep their sides")
+        # only where the source says the sides can a new row be further held out than an old one that it equals
+        but = ", but for those that are left out as duplicates" if any(told.moved) else ""
+        said.append(f"the rows of the first {sum(each.files for each in past)} files keep their sides{but}")
     return said

@@ -7,18 +7,21 @@ import functools
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raylway.data import assessment, clean, describe, division, items, outcome, report, warnings
 from raylway.data.assessment import Found
 from raylway.data.clean import Rules
 from raylway.data.decide import lost, refuse_infinite
+from raylway.data.describe import SIDE
 from raylway.data.division import Division
 from raylway.data.items import ROW_ID, Piece, Reading
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome, Preview
 from raylway.data.report import Reported
 from raylway.data.roles import Names, check_names
-from raylway.features import derive
+from raylway.data.split import TRAIN
+from raylway.features import derive, fit
 from raylway.features.signature import Task
 from raylway.job.load import LoadedJob
 
@@ -46,6 +49,12 @@ class Sample(msgspec.Struct, frozen=True):
     numeric: list[str]
     categorical: list[str]
     date: list[str]
+    numbers: int
+    """Inputs of the model that the features become: numbers (bins, one-hot categories, indicators, parts of dates) and
+    codes for embeddings. About, unless the sample holds all `rows`."""
+    codes: int
+    fitted: int
+    """Rows from which this is told."""
     decisions: list[str]
     warnings: list[str]
 
@@ -89,6 +98,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         validation = round(rows * asked.validation)
         train = rows - validation - round(rows * asked.test)
     rows_seen = _sampled(pieces, assessed, tables, found, names, rules)
+    known = fit.fit([rows_seen.filter(pc.equal(rows_seen[SIDE], TRAIN))], found.plan)
     return Sample(
         exact=share == 1,
         files=len(source.files),
@@ -104,6 +114,9 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
         numeric=found.roles.numeric,
         categorical=found.roles.categorical,
         date=found.roles.date,
+        numbers=known.num_numeric,
+        codes=len(known.category_counts),
+        fitted=rows_seen.num_rows,
         decisions=[*source.notes, *types.sentences, *found.sentences],
         warnings=warnings.find(outcome.subject(loaded, names, found), rows_seen),
     )

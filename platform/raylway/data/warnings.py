@@ -6,6 +6,7 @@ Each test is sharp enough to stay silent on ordinary data: a warning that is oft
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -79,6 +80,7 @@ def find(subject: Subject, sample: pa.Table | None) -> list[str]:
     found += _small_classes(subject)
     if sample is not None and sample.num_rows:
         found += [*_give_aways(subject, sample), *_different_sides(subject, sample), *_time_order(subject, sample)]
+        found += _spelt_alike(subject, sample)
     return found
 
 
@@ -161,6 +163,23 @@ def _small_classes(subject: Subject) -> Iterator[str]:
         )
 
 
+def _spelt_alike(subject: Subject, sample: pa.Table) -> Iterator[str]:
+    """Values that a reader takes for one: ` yes`, `Yes` and `yes`; `é` as one character or as two."""
+    for name in (*subject.categorical, *([subject.target] if subject.task == "classification" else [])):
+        if not pa.types.is_string(sample.schema.field(name).type):
+            continue
+        spellings: dict[str, list[str]] = {}
+        for text in sorted(pc.unique(sample[name]).drop_null().to_pylist()):
+            spellings.setdefault(unicodedata.normalize("NFC", " ".join(text.split()).casefold()), []).append(text)
+        if alike := [texts for texts in spellings.values() if len(texts) > 1]:
+            shown = "; ".join(", ".join(repr(text[:60]) for text in texts[:4]) for texts in alike[:3])
+            yield (
+                f"column {name!r} holds values that differ in blanks, capitals or the form of an accent only: {shown}. "
+                f"Each is a {'class' if name == subject.target else 'category'} of its own; write them alike in the "
+                "source if they mean the same"
+            )
+
+
 def _give_aways(subject: Subject, sample: pa.Table) -> Iterator[str]:
     target = sample[subject.target]
     classes = None
@@ -232,7 +251,8 @@ def _tells_number(cells: np.ndarray, is_number: bool, aim: np.ndarray) -> str:
     if len(aim) < _LEAST_ROWS or len(np.unique(cells)) < 2 or len(np.unique(aim)) < 2:
         return ""
     if is_number:
-        together = float(np.corrcoef(cells, aim)[0, 1])
+        with np.errstate(all="ignore"):  # of numbers without a spread or beyond the doubles nothing is told
+            together = float(np.corrcoef(cells, aim)[0, 1])
         if abs(together) > _CORRELATED:
             return f"their correlation is {together:.5f}"
         ranks = float(np.corrcoef(_ranks(cells), _ranks(aim))[0, 1])

@@ -236,10 +236,9 @@ def _real_key(problem: dict[str, Any] | Any, values: Any) -> Key:
     node = values
     for part in problem["loc"]:
         inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
-        if not inside:
-            return (*key, problem["loc"][-1]) if problem["type"] in ("missing", "extra_forbidden") else key
-        key, node = (*key, part), node[part]
-    return key
+        if inside:
+            key, node = (*key, part), node[part]
+    return (*key, problem["loc"][-1]) if problem["type"] == "missing" else key
 
 
 def _sentence(dotted: str, key: Key, problems: list[dict[str, Any]]) -> str:

@@ -134,6 +134,10 @@ class Clean(Section):
     infinite: Literal["error", "missing"] = "error"
     """An infinite number stops the job, or counts as an empty cell."""
 
+    def lets_pass(self, invalid: int, rows: int) -> bool:
+        """Whether so many of so many rows may be invalid; 29% of 100 rows are 29, whatever rounding makes of it."""
+        return invalid <= self.max_invalid * rows * (1 + 1e-12)
+
 
 class At(Section):
     """Where a split by time is cut; a date or time in ISO 8601, or a number if the column holds numbers."""
@@ -186,9 +190,10 @@ class Split(Section):
 
 class Data(Section):
     source: Text | list[Text] | Files
-    """A file, glob or folder; `s3://bucket/path`; `pkg://package/path`; `python://module:function`
-    (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
-    is then theirs. A relative path is looked for beside the job file, then in the current folder."""
+    """A file, glob or folder; `s3://bucket/path` or `gs://bucket/path`; `https://host/file.csv`; `pkg://package/path`;
+    `python://module:function` (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a
+    source of its own: the split is then theirs. A relative path is looked for beside the job file, then in the current
+    folder."""
     read: Read = Read()
     target: str
     """The column to predict; may be a derived one."""
@@ -295,7 +300,7 @@ class Parallel(Section):
         chosen = [name for name in ("shard", "tensor", "pipeline") if getattr(self, name) > 1]
         if len(chosen) > 1:
             raise ValueError(f"expected one of shard, tensor and pipeline above 1; found {' and '.join(chosen)}")
-        if "schedule" in self.model_fields_set and self.pipeline == 1:
+        if self.schedule != "1f1b" and self.pipeline == 1:
             raise ValueError("expected schedule with a pipeline above 1 only")
         return self
 

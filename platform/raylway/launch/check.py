@@ -58,7 +58,9 @@ class Findings:
         dates = f" and {len(self.sample.date)} date" if self.sample.date else ""
         inputs = f"{len(self.sample.numeric)} numeric and {len(self.sample.categorical)} categorical{dates} features"
         shape = f"hidden {model.hidden}, dropout {model.dropout:g}" if model.kind == "mlp" else f"args {model.args}"
-        yield f"model       {model.kind} ({shape}) over {inputs}"
+        about = "" if self.sample.fitted == self.sample.rows else "about "
+        widths = f"{about}{self.sample.numbers:,} numbers and {self.sample.codes:,} codes for a row"
+        yield f"model       {model.kind} ({shape}) over {inputs}: {widths}"
 
     def _training(self) -> Iterator[str]:
         found, job = self.plan, self.loaded.job.train
@@ -131,8 +133,8 @@ def check(loaded: LoadedJob) -> Findings:
             sample.task,
             sample.train,
             sample.validation,
-            len(sample.numeric),
-            len(sample.categorical),
+            sample.numbers,
+            sample.codes,
             machine.gpus if machine else 0,
         )
         if machine:

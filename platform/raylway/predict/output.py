@@ -11,6 +11,7 @@ parts without `_SUCCESS`).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -123,31 +124,38 @@ def output_of(place: str | None, wanted: str | None) -> Output:
 
 
 def refuse_taken(output: Output) -> None:
-    """See, before anything is answered, that the place can be written.
+    """See that nothing is overwritten.
 
     Raises:
-        UserError: The bucket can't be read, or the folder is there already. In a bucket the parts of a prediction
-            that was killed don't count; they are removed.
+        UserError: The bucket can't be read, or the file or folder is there already. In a bucket the parts of a
+            prediction that was killed don't count; they are removed.
     """
-    is_taken = output.is_folder and not output.is_remote and output.path.exists()
+    is_taken = bool(output.place) and not output.is_remote and output.path.exists()
     if output.is_remote:
         system = remote.system(output.scheme)
         try:
             there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
-            is_taken = output.is_folder and len(left) < sum(each.is_file for each in there)
+            is_taken = len(left) < sum(each.is_file for each in there)
+            if not output.is_folder:
+                is_taken = system.get_file_info(output.key).is_file
             for path in [] if is_taken or not output.is_folder else left:
                 system.delete_file(path)
-        except OSError as error:
+        except remote.FAILURES as error:
             raise remote.unreadable(output.place, "--output", error) from None
     if is_taken:
-        raise UserError(
-            "the folder is there already",
-            where=output.place,
-            expected="a new folder",
-            found="something of this name",
-            fix="name another one, or remove it first",
-        )
+        raise _taken(output)
+
+
+def _taken(output: Output) -> UserError:
+    what = "folder" if output.is_folder else "file"
+    return UserError(
+        f"the {what} is there already",
+        where=output.place,
+        expected=f"a new {what}",
+        found="something of this name",
+        fix="name another one, or remove it first",
+    )
 
 
 def _format(name: str) -> Format:
@@ -235,8 +243,9 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
         out: Standard output.
 
     Raises:
-        UserError: The place can't be written.
+        UserError: The place can't be written, or something has come there meanwhile.
     """
+    refuse_taken(output)  # another prediction may have been faster
     try:
         if output.is_folder:
             _commit_folder(output, columns, parts)
@@ -245,9 +254,11 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
             out.flush()
         else:
             _commit_file(output, columns, parts)
-    except OSError as error:
+    except remote.FAILURES as error:
         if output.is_remote:
             raise remote.unreadable(output.place, "--output", error) from None
+        if not isinstance(error, OSError):
+            raise
         raise unwritable(output.place or "standard output", error) from None
 
 
@@ -284,10 +295,20 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
         with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
             stream.write(success)
         return
-    with storage.staged_folder(output.path) as folder:
-        for path, name in moved:
-            path.replace(folder / name)
-        storage.write_bytes(folder / SUCCESS, success)
+    folder = parts.scratch / "folder"
+    folder.mkdir()
+    for path, name in moved:
+        with path.open("rb") as file:
+            os.fsync(file)
+        path.replace(folder / name)
+    storage.write_bytes(folder / SUCCESS, success)
+    try:
+        folder.rename(output.path)
+    except OSError:
+        if output.path.exists():
+            raise _taken(output) from None
+        raise
+    storage.sync_folder(output.path.parent)
 
 
 def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
@@ -346,6 +367,16 @@ def _count_lines(path: Path) -> int:
 
 
 def _upload(path: Path, system: pafs.FileSystem, target: str) -> None:
-    """Copy a file to a bucket, in parts of some MB; the object is there when it is whole."""
-    with path.open("rb") as file, system.open_output_stream(target) as stream:
-        shutil.copyfileobj(file, stream, 8 << 20)
+    """Copy a file to a bucket, in parts of some MB; the object is there when it is whole.
+
+    To close a stream of Arrow, or to let go of it, completes the object with what has come so far: the stream of an
+    upload that is interrupted is kept for ever.
+    """
+    stream = system.open_output_stream(target)
+    try:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, stream, 8 << 20)
+    except BaseException:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+        raise
+    stream.close()

@@ -71,7 +71,7 @@ def workers(job: Job, found: Division, gpus: int) -> int:
         return max(1, gpus // found.parts) * found.parts
     if wanted % found.parts:
         raise UserError(
-            f"{wanted} workers do not make whole copies of a model in {found.parts} parts",
+            f"{wanted} worker{'s' * (wanted > 1)} can't hold whole copies of a model in {found.parts} parts",
             where="train.workers",
             expected=f"a multiple of {found.parts}: workers = copies x train.parallel.{found.kind}",
             found=str(wanted),

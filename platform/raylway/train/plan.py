@@ -99,8 +99,8 @@ def plan(
         task: As inferred from the data.
         rows_train: Rows to train on.
         rows_validation: Rows to validate on; may be 0.
-        num_numeric: Numeric features.
-        num_categorical: Categorical features.
+        num_numeric: Numbers that the model takes for a row.
+        num_categorical: Codes that it takes for a row.
         gpus: GPUs of the whole cluster.
 
     Raises:
