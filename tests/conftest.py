@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,14 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The user's module `made_by_test` of one test is not that of the next."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("made_by_test", None)
 
 
 @pytest.fixture(scope="session")

@@ -259,10 +259,10 @@ def test_a_blank_file_has_no_heading(data):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("a,b\n".encode("utf-16"), "not UTF-8"),
-        ("a,b\n".encode("utf-16-le"), "UTF-16 or no text"),
-        (b'a,"b"c\n', "text follows the closing quote"),
-        ("größe,b\n".encode("latin-1"), "not UTF-8"),
+        ("a,b\n".encode("utf-16"), "not text in its encoding"),
+        ("a,b\n".encode("utf-16-le"), "UTF-16 without a mark, or no text"),
+        (b'a,"b"c\n', "text follows the closing quote of a column's name"),
+        ("größe,b\n".encode("latin-1"), "not text in its encoding"),
         (b"a,b,a\n1,2,3\n", "same name"),
         (b",b\n1,2\n", "column 1 has no name"),
         (b'"a,b\n1,2\n', "does not end"),

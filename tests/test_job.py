@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from raylway.errors import UserError
-from raylway.job.load import load_job
+from raylway.job.load import load_job, located
 from raylway.job.schema import Job
 from raylway.job.units import Duration
 
@@ -262,3 +263,29 @@ def test_durations_in_steps() -> None:
     assert Duration(0.01, "epochs").in_steps(7) == 1
     assert Duration(0, "steps").in_steps(7) == 0
     assert Duration(1.5, "h").seconds == 5400
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({}, "the key 'data.source.train' is missing"),
+        ({"train": "a.csv", "tets": "b.csv"}, "unknown key 'data.source.tets'; did you mean 'test'?"),
+        ({"train": 3}, "data.source.train: expected text or a list; found the whole number 3"),
+        (3, "data.source: expected text or a list or a section like Files; found the whole number 3"),
+    ],
+)
+def test_what_is_wrong_inside_a_section_that_could_be_text(tmp_path: Path, source: object, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({"name": "a", "data": {"source": source, "target": "b"}}))
+    with pytest.raises(UserError) as caught:
+        load_job(path)
+    assert words in caught.value.what and "\n" not in caught.value.what
+
+
+def test_a_file_whose_name_looks_like_a_key_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("name: a\ndata: {source: data.csv, target: b}\n")
+    for where, shown in (("data.csv:3", "data.csv:3"), ("data.target", f"{path}:2 (data.target)")):
+        with pytest.raises(UserError) as caught, located(load_job(path)):
+            raise UserError("wrong", where=where)
+        assert caught.value.where == shown

@@ -106,7 +106,7 @@ def test_too_few_groups_or_instants(tmp_path):
     frame = table()
     frame["patient"] = frame["patient"] % 2
     frame.to_csv(tmp_path / "rows.csv", index=False)
-    for by, words in (("group", "2 groups can't be divided"), ("time", "2 instants can't be divided")):
+    for by, words in (("group", "too few groups to divide"), ("time", "too few instants to divide")):
         with pytest.raises(UserError, match=words):
             prepared(tmp_path, {"source": "rows.csv", "target": "y", "split": {"by": by, "column": "patient"}})
 

@@ -144,7 +144,7 @@ def test_runs_are_kept_in_folders_only(tmp_path: Path, place: str) -> None:
 def test_wrong_credentials_of_s3(s3_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store_named(monkeypatch, {**s3_server.variables, "AWS_SECRET_ACCESS_KEY": "wrong"}):
         told = refusal(tmp_path, "s3://rows/odd")
-    assert "refuses these credentials" in told
+    assert "the bucket refuses these credentials" in told
     assert "AWS_ACCESS_KEY_ID" in told
 
 
@@ -159,7 +159,7 @@ def test_wrong_credentials_of_google(
         (tmp_path / "key.json").write_text(content)
     with store_named(monkeypatch, {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json")}):
         told = refusal(tmp_path, "gs://rows/odd")
-    assert "refuses these credentials" in told and words in told
+    assert "the bucket refuses these credentials" in told and words in told
     assert "GOOGLE_APPLICATION_CREDENTIALS" in told
 
 

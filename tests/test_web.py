@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,10 @@ def test_redirects_are_followed_and_not_told(web: Web, tmp_path: Path) -> None:
         assert read(tmp_path, source=leading("/to/rows.csv?sig=n0t-for-any-log", status))[0].num_rows == 10
     for target, words in (
         (f"{web.address}/gone?sig=n0t-for-any-log", "is not there"),
-        ("http://127.0.0.1/rows.csv?sig=n0t-for-any-log", "not encrypted"),
-        ("ftp://127.0.0.1/n0t-for-any-log", "not encrypted"),
-        ("https://[n0t-for-any-log/rows.csv", "leads to one that is none"),
-        ("/from.csv?sig=n0t-for-any-log", "leads on and on"),
+        ("http://127.0.0.1/rows.csv?sig=n0t-for-any-log", "the address leads to one that is not encrypted"),
+        ("ftp://127.0.0.1/n0t-for-any-log", "the address leads to one that is not encrypted"),
+        ("https://[n0t-for-any-log/rows.csv", "the address leads to one that is none"),
+        ("/from.csv?sig=n0t-for-any-log", "the address leads on and on"),
     ):
         told = refusal(tmp_path, leading(target))
         assert words in told and "from.csv" in told
@@ -164,7 +165,28 @@ def test_a_connection_that_is_cut_is_never_taken_for_the_end(web: Web, hurried: 
 def test_a_server_that_does_not_say_where_the_file_ends(web: Web, tmp_path: Path) -> None:
     content = frame(10).to_csv(index=False).encode()
     told = refusal(tmp_path, web.put("rows.csv", content, ranges=False, size="nothing"))
-    assert "does not say where the file ends" in told
+    assert "the server does not say where the file ends" in told
+
+
+def test_a_copy_for_which_there_is_no_room(web: Web, tmp_path: Path) -> None:
+    address = web.put("rows.csv", b"n,y\n" + b"1,a\n" * 50_000, ranges=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        told = refusal(tmp_path, address)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the file can't be copied to the temporary folder" in told and "File too large" in told and "TMPDIR" in told
+
+
+def test_a_netrc_file_that_is_none_is_told_without_its_words(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("\nmachine 127.0.0.1 login me n0t-for-any-log\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    told = refusal(tmp_path, web.put("rows.csv", b"n,y\n1,a\n"))
+    assert f"{tmp_path / 'netrc'}: the netrc file can't be read" in told and "found: line 3" in told
+    assert "n0t" not in told
 
 
 def test_a_busy_server_is_asked_again(web: Web, tmp_path: Path) -> None:
@@ -215,10 +237,10 @@ def test_a_file_that_changes_between_two_ranges_is_told(web: Web, hurried: None,
         ("rows", {}, ["of no known format"]),
         ("a.csv", {"statuses": [403] * 9}, ["the server refuses", "403", "netrc"]),
         ("a.csv", {"statuses": [401] * 9}, ["the server refuses", "401", "netrc"]),
-        ("a.csv", {"statuses": [400] * 9}, ["does not give the file", "400"]),
+        ("a.csv", {"statuses": [400] * 9}, ["the server does not give the file", "400"]),
         ("a.csv", {"statuses": [410] * 9}, ["the source is not there", "410"]),
         ("a.csv", {"statuses": [500] * 9}, ["can't be read from its server", "500", "4 tries"]),
-        ("a.csv", {"headers": {"Content-Type": "text/html; charset=utf-8"}}, ["answers with a web page"]),
+        ("a.csv", {"headers": {"Content-Type": "text/html; charset=utf-8"}}, ["the server answers with a web page"]),
     ],
 )
 def test_what_is_refused(
@@ -233,7 +255,9 @@ def test_what_is_refused(
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     assert "this is no address" in refusal(tmp_path, "https://[half/rows.csv")
-    assert "names no file" in refusal(tmp_path, "https:///rows.csv")
+    assert "the address names no file: folders of a web server can't be listed" in refusal(
+        tmp_path, "https:///rows.csv"
+    )
 
 
 def test_a_declared_format_needs_no_ending(web: Web, tmp_path: Path) -> None:
@@ -247,7 +271,7 @@ def test_a_certificate_that_is_not_trusted(web: Web, tmp_path: Path, monkeypatch
     monkeypatch.delenv("SSL_CERT_FILE")
     web_ask._pool.cache_clear()
     told = refusal(tmp_path, address)
-    assert "certificate is not trusted" in told and "SSL_CERT_FILE" in told and "self-signed" in told
+    assert "the server's certificate is not trusted" in told and "SSL_CERT_FILE" in told and "self-signed" in told
     assert web.asked == []
 
 

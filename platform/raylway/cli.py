@@ -96,14 +96,20 @@ def verify_resume(
 @app.command()
 def report(run: RunName, storage: Storage = Path("runs")) -> None:
     """Write a run's report.html anew and print where it is."""
-    from raylway.features.prepared import Prepared
+    from raylway.features.prepared import MANIFEST, Prepared
     from raylway.report.report import write
     from raylway.runs.run import PREPARED, find_run
 
     found = find_run(storage, run)
     folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
-    if not folder.exists():
-        raise UserError("the run's prepared data is gone", where=str(folder), fix="run the job again to make it anew")
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            "the run's prepared data is gone",
+            where=str(folder),
+            expected="what the run was trained on",
+            found="no such folder, or one that is not whole",
+            fix="run the job again to make it anew",
+        )
     print(write(found, Prepared(folder)))
 
 
@@ -265,7 +271,13 @@ def _prepared_of(name: str, storage: Path) -> tuple[Any, Any, Path | None]:
         loaded, predictions = load_job(found.job), found.predictions
         folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
     if not (folder / MANIFEST).exists():
-        raise UserError("the prepared data is not there", where=str(folder), fix="make it with: raylway prepare JOB")
+        raise UserError(
+            "the prepared data is not there",
+            where=str(folder),
+            expected=f"what raylway prepare makes of {name}",
+            found="no such folder, or one that is not whole",
+            fix="make it with: raylway prepare JOB",
+        )
     return Prepared(folder), loaded, predictions
 
 

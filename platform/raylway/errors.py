@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000
+"""Characters of one part of a message."""
+
 
 class UserError(Exception):
     """A mistake that the user can fix: printed once, by `cli`, without a traceback; exit code 2.
@@ -23,11 +26,21 @@ class UserError(Exception):
         self.what, self.where, self.expected, self.found, self.fix = what, where, expected, found, fix
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        what = "\n".join(_printable(line) for line in self.what.split("\n"))
+        lines = [f"{_printable(self.where)}: {what}" if self.where else what]
         for label, text in (("expected", self.expected), ("found", self.found), ("fix", self.fix)):
             if text:
-                lines.append(f"  {label}: {text}")
+                lines.append(f"  {label}: {_printable(text)}")
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """The text in one line: names and cells may hold line ends, or codes that a terminal obeys."""
+    if not text.isprintable():
+        text = "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[:_LONGEST]
+        )
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class RunFailed(Exception):

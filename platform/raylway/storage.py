@@ -6,6 +6,7 @@ half-written file under its final name.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -25,6 +26,8 @@ Record = TypeVar("Record")
 _CHUNK_BYTES = 1 << 22
 _STAGING_PREFIX = ".staging-"
 _JUST_MADE_S = 60.0
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What the operating system says where nothing more can be written."""
 
 
 def prepare_root(storage: str) -> Path:
@@ -37,24 +40,44 @@ def prepare_root(storage: str) -> Path:
         raise UserError(
             "storage must be a folder",
             where="storage",
+            expected="a path without ://",
             found=storage,
             fix="name a folder that every node of the cluster sees, such as /shared/runs",
         )
-    root = Path(storage).expanduser().absolute()
+    root = Path(os.path.expanduser(storage)).absolute()  # noqa: PTH111 - takes the name of no user too
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_STAGING_PREFIX}{secrets.token_hex(6)}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(
-            "the storage folder can't be written",
-            where="storage",
-            expected="a folder that this user may create and write",
-            found=f"{root}: {error.strerror}",
-            fix="name another folder in the job file, or with --set storage=FOLDER",
-        ) from None
+    except (OSError, ValueError) as error:  # the latter for a name with a NUL
+        raise _unwritable("storage", f"{root}: {getattr(error, 'strerror', None) or error}") from None
     return root
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a message of the operating system's refusal to write in the storage folder.
+
+    Raises:
+        UserError: The disk is full, or the folder may not be written any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise _unwritable(str(folder), os.strerror(error.errno)) from None
+
+
+def _unwritable(where: str, found: str) -> UserError:
+    return UserError(
+        "the storage folder can't be written",
+        where=where,
+        expected="a folder that this user may create and write, on a disk with room",
+        found=found,
+        fix="make room there, or name another folder in the job file, or with --set storage=FOLDER",
+    )
 
 
 def write_bytes(path: Path, content: bytes) -> None:

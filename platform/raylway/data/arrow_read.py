@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from raylway.data import packed
 from raylway.data.columns import Cell, Seen, examine, look_for_dates
 from raylway.data.csv_text import check_columns
-from raylway.data.location import Location
+from raylway.data.location import Location, unreadable
 from raylway.errors import UserError
 
 _PLAIN = "numbers, text, booleans, dates and times"
@@ -153,6 +153,7 @@ def _top(file: pq.ParquetFile, columns: list[str]) -> list[str]:
 @contextmanager
 def _parquet(location: Location) -> Iterator[pq.ParquetFile]:
     with ExitStack() as stack:
+        packed.refuse_changed(location)
         source = stack.enter_context(packed.opened(location)) if location.is_remote else location.path
         yield stack.enter_context(pq.ParquetFile(source, pre_buffer=location.is_remote))
 
@@ -165,6 +166,7 @@ def _ipc(location: Location) -> Iterator[tuple[Any, list[int]]]:
         if location.is_remote:
             source = pa.PythonFile(stack.enter_context(packed.opened(location)), mode="r")
         else:
+            packed.refuse_changed(location)
             source = stack.enter_context(pa.memory_map(location.path))
         magic = source.read(6)
         source.seek(0)
@@ -193,6 +195,8 @@ def _whole(location: Location) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(location.name, location.name, error) from None
         raise _damaged(location, error) from None
 
 
@@ -292,6 +296,7 @@ def _damaged(location: Location, error: Exception) -> UserError:
     return UserError(
         f"the file is not a whole {'Arrow' if location.format == 'arrow' else 'Parquet'} file",
         where=location.name,
+        expected="a file that its writer closed, of the format that its ending or data.read.format says",
         found=(str(error) or type(error).__name__).splitlines()[0],
-        fix="write it again, or take it out of the source",
+        fix="write it again, take it out of the source, or name its format with data.read.format",
     )

@@ -292,7 +292,9 @@ def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Ite
                     "a quoted cell never closes",
                     where=f"{name}:{start}",
                     expected='a closing quote (a quote inside a quoted cell is written "")',
-                    fix="close the quote that opens in the row that starts on this line",
+                    found="the end of the file inside the cell",
+                    fix="close the quote that opens in the row that starts on this line, or set data.read.quote: none "
+                    "where quotes mean nothing",
                 ) from None
             rejects.append(Reject(start, None, "text follows the closing quote of a cell", _shown(lines.taken())))
             row = []

@@ -72,7 +72,7 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
         UserError: The text is not UTF-8, or the heading lacks a name, repeats one or does not end.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _not_utf8(name, "UTF-16")
+        raise _not_text(f"{name}:1", "the byte-order mark of UTF-16")
     start = 0
     while data.startswith(BOM, start):  # some programs write a second one
         start += len(BOM)
@@ -82,18 +82,24 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
     end = _record_end(data, begin, dialect.quote)
     if end is None:
         if not whole or (dialect.quote and data.count(dialect.quote.encode(), begin) % 2):
-            raise UserError("the heading does not end", where=f"{name}:1", fix="close its quotes; it must be one line")
+            raise UserError(
+                "the heading does not end",
+                where=f"{name}:1",
+                expected=f"column names in the first {HEADING_BYTES >> 20} MB, each quote closed",
+                found=data[begin : begin + 200].decode("utf-8", "replace"),
+                fix='close its quotes (a quote inside a quoted name is written ""), or name others in data.read.quote',
+            )
         end = len(data)
     after = end + (2 if data[end : end + 2] == b"\r\n" else 1 if end < len(data) else 0)
     if b"\0" in data[begin:end]:
-        raise _not_utf8(name, "UTF-16 or no text at all")
+        raise _not_text(f"{name}:1", "a NUL character: UTF-16 without a mark, or no text at all")
     try:
         text = data[begin:end].decode("utf-8")
     except UnicodeDecodeError as error:
         if dialect.columns:  # a record like any other: it goes to quarantine
             text = data[begin:end].decode("utf-8", "replace")
         else:
-            raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
+            raise _not_text(f"{name}:1", f"the byte {data[begin + error.start]:#04x} in the heading") from None
     delimiter = dialect.delimiter or _delimiter(text, dialect)
     try:
         columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
@@ -147,6 +153,7 @@ def _check_columns(columns: list[str], where: str) -> None:
             f"column {', '.join(unnamed)} has no name",
             where=where,
             expected="a heading that names every column",
+            found=", ".join(map(repr, columns[:40])),
             fix="name it, or write the file without it (pandas: to_csv(..., index=False))",
         )
     twice = (
@@ -158,7 +165,7 @@ def _check_columns(columns: list[str], where: str) -> None:
             where=where,
             expected="each column name once",
             found=", ".join(map(repr, twice)),
-            fix="rename one of them in the file",
+            fix="rename one of them",
         )
 
 
@@ -305,11 +312,12 @@ def _is_any(values: np.ndarray, wanted: tuple[int, ...]) -> np.ndarray:
     return table[values]
 
 
-def _not_utf8(name: str, found: str) -> UserError:
+def _not_text(where: str, found: str) -> UserError:
     return UserError(
-        "the file is not UTF-8 text",
-        where=name,
-        expected="UTF-8, with or without a byte-order mark",
+        "the file is not text in its encoding",
+        where=where,
+        expected="UTF-8, with or without a byte-order mark, or the encoding that data.read.encoding names",
         found=found,
-        fix="name its encoding, such as data.read.encoding: cp1252 (of Western European Windows) or utf-16",
+        fix="name its encoding in the job file, such as data.read.encoding: cp1252 (of Western European Windows) or "
+        "utf-16-le, or write the file in UTF-8",
     )

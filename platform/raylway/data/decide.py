@@ -108,7 +108,7 @@ def refuse_infinite(
                 f"the column {name!r} holds an infinite number",
                 where=places.of(cell.row_id),
                 expected="finite numbers",
-                found=f"{cell.text!r}; {column.infinite} infinite in all",
+                found=f"{cell.text[:200]!r}; {column.infinite} infinite in all",
                 fix="correct the data, or count them as missing cells with data.clean.infinite: missing",
             )
 
@@ -170,6 +170,7 @@ def _no_numbers(name: str) -> UserError:
         f"the column {name!r} holds true and false, no numbers",
         where="data.features.numeric",
         expected="columns of numbers",
+        found="true and false",
         fix="take it out of features.numeric: true and false are a category",
     )
 

@@ -375,7 +375,7 @@ def _unit_cut(buckets: _Buckets, sizes: np.ndarray, plan: Plan, test: int, valid
     if len(every) < sides:
         if plan.past:
             return Cut("", "")
-        raise split.too_few(len(every), "groups" if plan.ordering.by == "group" else "instants", plan.where)
+        raise split.too_few(len(every), "groups" if plan.ordering.by == "group" else "instants", sides, plan.where)
     first = _unit_end(every, 0, test, sides - 1)
     second = _unit_end(every, first, validation, 1)
     return Cut(*("" if not at else f"{(int(keys[at - 1]) << 64) | (2**64 - 1):032x}" for at in (first, second)))

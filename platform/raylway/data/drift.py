@@ -52,6 +52,8 @@ def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
         raise UserError(
             "the bundle has no profile of its training rows",
             where=record.name,
+            expected="the profile that the rows are compared with",
+            found="a bundle of an earlier version",
             fix="run the job again with this version of raylway",
         )
     counted = _counted(record.profile, record.transform)
@@ -68,7 +70,13 @@ def drift(record: BundleRecord, source: str, job: Job | None = None) -> Drift:
         for each in counted:
             each.add(whole)
     if not rows:
-        raise UserError("the file has no rows to compare", where=source, fix="name a file with rows")
+        raise UserError(
+            "the file has no rows to compare",
+            where=source,
+            expected="a row that can be read",
+            found=f"{unreadable:,} that can't" if unreadable else "none",
+            fix="name a file with rows",
+        )
     shifts = [each.shift(CHANCE / len(counted)) for each in counted]
     shifts.sort(key=lambda shift: (not shift.reasons, -shift.psi, shift.name))
     return Drift(source, rows, unreadable, sum(bool(shift.reasons) for shift in shifts), shifts)

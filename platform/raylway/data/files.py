@@ -14,7 +14,7 @@ import msgspec
 
 from raylway import storage
 from raylway.data import function, local, packed, remote
-from raylway.data.location import ENDINGS, Format, Location, format_of, refuse_credentials
+from raylway.data.location import Format, Location, refuse_credentials, unreadable
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS, SplitName
 from raylway.job.load import LoadedJob
@@ -66,44 +66,41 @@ def find(texts: Sequence[str], bases: list[Path], where: str, declared: Format |
             found = _find_one(text, bases, where, declared)
         except OSError as error:  # a name that is too long, a folder that may not be entered
             raise UserError(
-                "the source can't be looked for", where=where, found=f"{text[:200]}: {error.strerror}"
+                "the source can't be looked for",
+                where=where,
+                expected="files and folders that this user may enter and read",
+                found=f"{str(error.filename or text)[:200]}: {error.strerror}",
+                fix="name another place, or give this user the right to enter the folder and to read what is in it",
             ) from None
         for location in found:
-            _check_readable(location, where)
-            for each in members(location):
+            for each in members(_checked(location, where)):
                 by_path.setdefault((each.path, each.function, each.member), each)
     locations = sorted(by_path.values(), key=lambda location: location.name)
     if not locations:
-        raise UserError("the source names nothing", where=where, expected="a file, glob, folder, pkg:// or python://")
+        raise UserError(
+            "the source names nothing",
+            where=where,
+            expected="a file, glob, folder, pkg:// or python://",
+            found="an empty list",
+            fix="name where the rows are",
+        )
     _one_format(locations, where)
     return locations
-
-
-def file_at(path: Path) -> Location:
-    """One data file that a person named on the command line.
-
-    Raises:
-        UserError: It is not there or of no known format.
-    """
-    if not path.is_file():
-        raise UserError("there is no such file", where=str(path), fix=local.nearest(path.name, [path.parent]))
-    if format_of(path.name) is None:
-        raise UserError("the file is of no known format", where=str(path), expected=ENDINGS)
-    location = Location(str(path), str(path.absolute()))
-    _check_readable(location, str(path))
-    return location
 
 
 def checksum(location: Location) -> str:
     """Of the file's content; of a remote file its size and ETag (or the time of its last change)."""
     if location.is_remote:
         return f"{location.length}:{location.stamp}"
-    status = Path(location.path).stat()
-    return _checksum(location.path, status.st_size, status.st_mtime_ns)
+    found = packed.stamped(location)
+    try:
+        return _checksum(location.path, found.stamp)
+    except OSError as error:
+        raise unreadable(location.name, location.name, error) from None
 
 
 @functools.lru_cache(maxsize=100_000)
-def _checksum(path: str, size: int, mtime_ns: int) -> str:
+def _checksum(path: str, stamp: str) -> str:
     return storage.checksum(Path(path))
 
 
@@ -141,11 +138,23 @@ def members(location: Location) -> list[Location]:
     return packed.zip_members(location)
 
 
-def _check_readable(location: Location, where: str) -> None:
-    if not location.is_remote and not os.access(location.path, os.R_OK):
+def _checked(location: Location, where: str) -> Location:
+    """The location as it is now, seen to be readable and to have a name that can be written down."""
+    if location.is_remote:
+        return location
+    if not os.access(location.path, os.R_OK):
+        raise unreadable(location.name, where)
+    try:
+        location.name.encode()
+    except UnicodeEncodeError:
         raise UserError(
-            "the file can't be read", where=where, expected="a file that this user may read", found=location.name
-        )
+            "the name of a file is not UTF-8",
+            where=where,
+            expected="names that can be written into messages and records",
+            found=location.name,
+            fix="rename the file",
+        ) from None
+    return location if location.function else packed.stamped(location)
 
 
 def _one_format(locations: list[Location], where: str) -> None:
@@ -170,6 +179,7 @@ def _refuse_shared(locations: list[Location], where: str) -> None:
             raise UserError(
                 "a file can't be on two sides of the split",
                 where=where,
+                expected="a file of its own for each side",
                 found=f"{location.name}: {other}, {location.side}",
                 fix="give each file to one side",
             )

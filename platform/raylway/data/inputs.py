@@ -104,7 +104,13 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
         one = open_source(loaded, [location], may_be_empty=True)
         if not one.columns:
             if len(locations) == 1:
-                raise UserError("the file is empty", where=location.name, expected="a heading and rows")
+                raise UserError(
+                    "the file is empty",
+                    where=location.name,
+                    expected="a heading and rows",
+                    found="0 bytes",
+                    fix="name a file with rows",
+                )
             continue  # no heading and no rows, as in preparation
         _require_inputs(one.columns, signature, one.files[0])
         parts += [msgspec.structs.replace(part, file=len(names) + part.file) for part in one.parts]
@@ -159,7 +165,7 @@ def _require_inputs(names: list[str], signature: Signature, where: str) -> None:
             where=where,
             expected=f"the model's inputs: {', '.join(wanted)}",
             found=", ".join(names[:40]),
-            fix=f"rename {near[0]!r}?" if near else "add the column",
+            fix=f"rename {near[0]!r} to {lacking[0]!r} in the file, or add the column" if near else "add the column",
         )
 
 

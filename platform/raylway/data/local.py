@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import importlib.util
+import os
 from pathlib import Path
 
 from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, is_spelled, unknown_format
@@ -22,10 +23,12 @@ def find(path: str, text: str, bases: list[Path], where: str, declared: Format |
         declared: The format that the job names.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or one is no ordinary file.
+        OSError: A folder may not be entered.
     """
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - takes the name of no user too
     for base in bases:
-        candidate = base / Path(path).expanduser()
+        candidate = base / expanded
         if candidate.is_file():
             if not declared and format_of(candidate.name) is None:
                 raise unknown_format(text, where)
@@ -35,12 +38,14 @@ def find(path: str, text: str, bases: list[Path], where: str, declared: Format |
         if glob.has_magic(path):
             found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
             # the glob's own words up to its first wildcard, then what was found
-            fixed = Path(*_until_magic(Path(path).expanduser()))
+            fixed = Path(*_until_magic(Path(expanded)))
             if not is_spelled(path):
                 found = [file for file in found if not is_hidden(file.relative_to(base / fixed).as_posix())]
-            if files := _chosen([file for file in found if file.is_file()], declared):
+            if files := _chosen([file for file in found if not file.is_dir()], declared, where):
                 shown = text[: len(text) - len(path)]
                 return [_found(file, base / fixed, f"{shown}{fixed.as_posix()}", declared) for file in files]
+        if os.path.lexists(candidate):
+            raise _no_file(candidate, where)
     raise UserError(
         "the source is not there",
         where=where,
@@ -57,27 +62,58 @@ def find_in_package(rest: str, text: str, where: str, declared: Format | None) -
         UserError: It is not installed or holds no such file.
     """
     package, _, path = rest.partition("/")
-    spec = importlib.util.find_spec(package) if package and "." not in package else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the package {package!r} is not installed",
+            f"the package {package!r} is not installed" if spec is None else f"{package!r} is a module without files",
             where=where,
+            expected="pkg://package/path, a path inside an installed Python package",
             found=text,
-            fix=f"install it with: pip install {package}",
+            fix=f"install it with: pip install {package}" if package and spec is None else "name a package with files",
         )
     return find(path, text, [Path(spec.submodule_search_locations[0])], where, declared)
 
 
 def _folder(folder: Path, text: str, where: str, declared: Format | None) -> list[Location]:
-    every = [file for file in folder.rglob("*") if file.is_file()]
-    files = _chosen([file for file in every if not is_hidden(file.relative_to(folder).as_posix())], declared)
+    every = [Path(inside) / name for inside, _, names in os.walk(folder, onerror=_raise) for name in names]
+    visible = [file for file in every if not is_hidden(file.relative_to(folder).as_posix())]
+    files = _chosen([file for file in visible if not file.is_dir()], declared, where)
     if not files:
-        raise UserError("the folder holds no data file", where=where, expected=f"files ending in {ENDINGS}", found=text)
+        raise UserError(
+            "the folder holds no data file",
+            where=where,
+            expected=f"files ending in {ENDINGS}",
+            found=text + (f", with {', '.join(file.name for file in visible[:5])}" if visible else ", which is empty"),
+            fix="name the folder that holds the rows, or their format with data.read.format",
+        )
     return [_found(file, folder, text.rstrip("/"), declared) for file in files]
 
 
-def _chosen(files: list[Path], declared: Format | None) -> list[Path]:
-    return [Path(name) for name in chosen([str(file) for file in files], declared)]
+def _raise(error: OSError) -> None:
+    """Rows of a folder that may not be entered must not be missing without a word."""
+    raise error
+
+
+def _chosen(files: list[Path], declared: Format | None, where: str) -> list[Path]:
+    data = [Path(name) for name in chosen([str(file) for file in files], declared)]
+    for file in data:
+        if not file.is_file():
+            raise _no_file(file, where)
+    return data
+
+
+def _no_file(path: Path, where: str) -> UserError:
+    leads = f", which leads to {path.readlink()}" if not path.exists() else ""
+    return UserError(
+        "the source is a link to nothing" if leads else "the source is no ordinary file",
+        where=where,
+        expected="files and folders; not a pipe, socket or device, which can be read once only",
+        found=f"{path}{leads}",
+        fix="take it out of the source" if leads else "write what it gives into a file, and name that",
+    )
 
 
 def _found(file: Path, base: Path, shown: str, declared: Format | None) -> Location:

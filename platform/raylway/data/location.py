@@ -60,9 +60,9 @@ class Location(msgspec.Struct, frozen=True):
     encoding: str = "utf-8"
     """Of a text file, as a codec's name; `opening` finds it out."""
     length: int | None = None
-    """Bytes, of a remote file."""
+    """Bytes, when it was found."""
     stamp: str = ""
-    """Of a remote file: the ETag or the like that tells whether it was changed."""
+    """What tells whether it was changed since: an ETag or the like, of a file here the time of its last change."""
     packing: Packing = ""
     """How the web server packs the file on its way; else the name's ending says it."""
     has_ranges: bool = True
@@ -139,6 +139,17 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
 
 
+def unreadable(name: str, where: str, error: OSError | None = None) -> UserError:
+    """The operating system does not let this user read a file or folder."""
+    return UserError(
+        "the file can't be read",
+        where=where,
+        expected="a file that this user may read",
+        found=f"{name}: {error.strerror or error}" if error else name,
+        fix="give this user the right to read it, and to enter its folder, or take it out of the source",
+    )
+
+
 def is_spelled(pattern: str) -> bool:
     """Whether a glob names hidden files itself: one of its parts begins with a dot or an underscore, `_*.csv`."""
     parts = pattern.split("/")
@@ -153,16 +164,18 @@ def unknown_format(text: str, where: str) -> UserError:
         where=where,
         expected=ENDINGS,
         found=text,
-        fix="name its format with data.read.format",
+        fix="end its name with one of these, or name its format with data.read.format in the job file",
     )
 
 
 def was_changed(location: Location) -> UserError:
-    """A remote file is not the one that was found."""
+    """A file is not the one that was found."""
     return UserError(
         "the file was changed or removed while it was read",
         where=location.name,
-        fix="give the command again when it is at rest",
+        expected="files at rest: what is prepared or answered is known by their content",
+        found="another file than when it was found",
+        fix="give the command again when nothing writes the file, or read a copy of it",
     )
 
 

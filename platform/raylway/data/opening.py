@@ -77,7 +77,7 @@ def open_source(
     )
     source = open_files(locations or locate(loaded), asked, where, head)
     if not source.columns and not may_be_empty:
-        raise no_rows(where, ", ".join(source.files[:5]))
+        raise no_rows(where, source)
     return source
 
 
@@ -122,8 +122,17 @@ def open_files(locations: list[Location], asked: Asked, where: str, head: bool =
     return _from_json(locations, asked, head) if kind == "jsonl" else _from_text(locations)
 
 
-def no_rows(where: str, found: str) -> UserError:
-    return UserError("the source has no rows to train on", where=where, expected="at least one row", found=found)
+def no_rows(where: str, source: Source) -> UserError:
+    """Nothing but headings, blank lines, or of JSON Lines nothing but lines that hold no object."""
+    files = ", ".join(source.files[:5]) + (" ..." if len(source.files) > 5 else "")
+    is_json = source.format == "jsonl"
+    return UserError(
+        "the source has no rows",
+        where=where,
+        expected="a JSON object in a line" if is_json else "rows below the heading" if source.columns else "rows",
+        found=files,
+        fix="name files with rows, and see that data.read.format is theirs",
+    )
 
 
 def _dialect(read: Read, where: str) -> Dialect:
@@ -135,6 +144,7 @@ def _dialect(read: Read, where: str) -> Dialect:
             where=where.replace("data.source", "data.read.delimiter"),
             expected="one ASCII character, no line end and not the quote",
             found=repr(delimiter),
+            fix="name the character between the cells, or leave data.read.delimiter out",
         )
     check_columns(read.columns, where.replace("data.source", "data.read.columns"))
     return Dialect(delimiter, quote, read.columns)
@@ -208,7 +218,7 @@ def _refuse_other_lines(files: list[Location]) -> None:
         for body, line in lines_read.bodies(location, _lines(0, location, []).heading, _STEP):
             for reject in lines_read.parse_json(body, line, []).rejects:
                 raise UserError(
-                    reject.reason,
+                    f"the file is no JSON Lines: {reject.reason}",
                     where=f"{location.name}:{reject.row_id}",
                     expected="JSON Lines: on each line one object",
                     found=reject.cell[:200],
@@ -281,6 +291,7 @@ def _with_partitions(columns: list[str], location: Location) -> list[str]:
                 f"the column {name!r} is in the file and in the name of its folder",
                 where=location.name,
                 expected="each column once",
+                found=f"a folder {name}=... and a column {name!r}",
                 fix="rename the folder, or write the file without the column",
             )
     return [*columns, *location.partitions]

@@ -14,6 +14,7 @@ A table of these columns, sorted by `key`:
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -120,9 +121,11 @@ def instant(text: str, kind: pa.DataType) -> np.uint64 | None:
         array: pa.Array = pa.array([text])
     else:
         try:
-            array = pa.array([float(text)]).cast(kind, safe=False)
+            array = pa.array([float(text)])
         except ValueError:
             return None
+        if not pa.types.is_floating(kind):  # the first whole number that is not below it
+            array = pa.array([math.ceil(min(max(array[0].as_py(), -(2.0**62)), 2.0**62))])
     words, bad = _instants(array)
     return None if bad[0] else words[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from raylway.data import sides
 from raylway.data.assessment import Columns, Counted, Found, columns_of, comma_hint, ordering_of, unfit_target
 from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
+from raylway.data.csv_read import Reject
 from raylway.data.describe import Described
 from raylway.data.division import Division
 from raylway.data.opening import Source, no_rows
@@ -25,6 +27,9 @@ from raylway.features.prepared import SPLITS, Account, Generation, SplitName
 from raylway.features.schema import sorted_names
 from raylway.features.signature import Signature, Task
 from raylway.job.load import LoadedJob
+
+_MOST_INVALID = 0.2
+"""Of more invalid rows than this share it is no help to let them pass."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
     read = sum(each.assessed.read for each in found)
     invalid = sum(each.invalid for each in found)
     if not read:
-        raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
+        raise no_rows(loaded.location("data.source"), source)
     clean = loaded.job.data.clean
     if rejects and (clean.invalid == "error" or not clean.lets_pass(invalid, read)):
         first = rejects[0]
@@ -225,10 +230,22 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
             where=source.places.of(first.row_id),
             expected=f"invalid rows: {limit}",
             found=f"{invalid} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
-            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid"
-            + comma_hint(first.cell),
+            fix=_let_pass(loaded, first, invalid / read) + comma_hint(first.cell),
         )
     return invalid
+
+
+def _let_pass(loaded: LoadedJob, first: Reject, share: float) -> str:
+    """What to do about invalid rows; where most are, the fault is most likely in how they are read."""
+    features = loaded.job.data.features
+    declared = next((key for key in ("numeric", "date") if first.column in getattr(features, key)), "")
+    if share > _MOST_INVALID and declared:
+        return f"take {first.column!r} out of data.features.{declared}, or correct the cells"
+    if share > _MOST_INVALID:
+        return "correct the rows, or how they are read with data.read (delimiter, quote, encoding)"
+    limit = f"data.clean.max_invalid: {math.ceil(share * 1000) / 10:g}%"
+    wanted = f"data.clean.invalid: quarantine and {limit}" if loaded.job.data.clean.invalid == "error" else limit
+    return f"correct the rows, or let so many go to quarantine with {wanted}"
 
 
 def _nothing_left(loaded: LoadedJob, source: Source, found: list[Found]) -> UserError:
@@ -237,14 +254,15 @@ def _nothing_left(loaded: LoadedJob, source: Source, found: list[Found]) -> User
         empty.update(each.assessed.missing_by)
     most = ", ".join(f"{name} ({count})" for name, count in empty.most_common(3))
     read = sum(each.assessed.read for each in found)
-    imputes = loaded.job.data.clean.missing == "impute"
+    without_target = empty[loaded.job.data.target] == read or loaded.job.data.clean.missing == "impute"
     return UserError(
         "no row is left to train on: each misses a cell or is invalid",
-        where=loaded.location("data.source"),
+        where=loaded.location("data.target" if without_target else "data.source"),
+        expected="a row with its target" if without_target else "a row with a value in every column",
         found=f"{read} rows read; empty cells by column: {most or 'none'}",
         fix="choose a target that has values"
-        if imputes
-        else "take the emptiest columns out of the source, or set data.clean.missing: impute",
+        if without_target
+        else "set data.clean.missing: impute, or take the emptiest columns out of the source and of data.derive",
     )
 
 
@@ -268,7 +286,7 @@ def _target(
             f"the target {names.target!r} has a single class",
             where=loaded.location("data.target"),
             expected="two classes or more",
-            found=f"{classes[0]!r} in all of {rows} rows",
+            found=f"{classes[0]!r} in each row that is complete, {rows:,} in all",
             fix="choose another target or data that holds the other classes",
         )
     return task, why, classes

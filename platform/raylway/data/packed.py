@@ -9,6 +9,7 @@ import bz2
 import codecs
 import gzip
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import msgspec
 import pyarrow as pa
 
 from raylway.data import remote
-from raylway.data.location import TEXT_FORMATS, Location, chosen, format_of, is_hidden
+from raylway.data.location import TEXT_FORMATS, Location, chosen, format_of, is_hidden, unreadable, was_changed
 from raylway.errors import UserError
 
 _BOMS = {
@@ -40,15 +41,40 @@ def opened(location: Location) -> BinaryIO:
     """The file's own bytes, to be read from any position.
 
     Raises:
-        UserError: A remote file is gone, or was changed since it was found.
+        UserError: It may not be read, is gone, or was changed since it was found.
     """
     if not location.is_remote:
-        return Path(location.path).open("rb")
+        try:
+            refuse_changed(location)
+            return Path(location.path).open("rb")
+        except OSError as error:
+            raise unreadable(location.name, location.name, error) from None
     if location.path.startswith(("s3://", "gs://")):
         return remote.opened(location)
     from raylway.data import web  # urllib3 takes a tenth of a second
 
     return web.opened(location)
+
+
+def refuse_changed(location: Location) -> None:
+    """See that a file of this machine is the one that was found.
+
+    Raises:
+        UserError: It is gone, or was changed.
+    """
+    if location.stamp and not location.is_remote and stamped(location).stamp != location.stamp:
+        raise was_changed(location)
+
+
+def stamped(location: Location) -> Location:
+    """The location of a file of this machine with what tells whether it is changed later on."""
+    try:
+        status = os.stat(location.path)  # noqa: PTH116 - a third of the time
+    except FileNotFoundError:
+        raise was_changed(location) from None
+    except OSError as error:
+        raise unreadable(location.name, location.name, error) from None
+    return msgspec.structs.replace(location, length=status.st_size, stamp=f"{status.st_size}:{status.st_mtime_ns}")
 
 
 class Unpacked:
@@ -147,16 +173,17 @@ def text_of(location: Location) -> Iterator[Unpacked]:
     """The file's text; what a damaged archive raises becomes a `UserError` with the file's name.
 
     Raises:
-        UserError: The archive is damaged or cut.
+        UserError: The archive is damaged or cut, or the file was changed while it was read.
     """
     try:
         with Unpacked(location) as text:
             yield text
+        refuse_changed(location)
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, lzma.LZMAError, NotImplementedError) as error:
         raise _damaged(location, error) from None
     except OSError as error:
         if error.errno is not None or not location.compression:
-            raise
+            raise unreadable(location.name, location.name, error) from None
         raise _damaged(location, error) from None
 
 
@@ -188,7 +215,11 @@ def zip_members(location: Location) -> list[Location]:
             entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_hidden(entry.filename)]
     except zipfile.BadZipFile as error:
         raise UserError(
-            "the archive is damaged", where=location.name, expected="a zip archive", found=str(error)
+            "the archive is damaged",
+            where=location.name,
+            expected="a zip archive",
+            found=str(error),
+            fix="copy it again from where it came",
         ) from None
     names = chosen(sorted(entry.filename for entry in entries), location.declared)
     wanted = [name for name in names if location.declared or format_of(name) in TEXT_FORMATS]
@@ -203,10 +234,20 @@ def zip_members(location: Location) -> list[Location]:
         )
     locked = [entry.filename for entry in entries if entry.flag_bits & 1]
     if locked:
-        raise UserError("the archive is encrypted", where=location.name, found=locked[0], fix="unpack it first")
+        raise UserError(
+            "the archive is encrypted",
+            where=location.name,
+            expected="an archive without a password",
+            found=locked[0],
+            fix="unpack it, and name the files",
+        )
     if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
         raise UserError(
-            "two files in the archive have the same name", where=location.name, found=twice[0], fix="pack it anew"
+            "two files in the archive have the same name",
+            where=location.name,
+            expected="each name once",
+            found=twice[0],
+            fix="pack it anew from the files",
         )
     if not wanted:
         raise UserError(
@@ -214,6 +255,7 @@ def zip_members(location: Location) -> list[Location]:
             where=location.name,
             expected="one or more .csv, .tsv, .jsonl or .txt files",
             found=", ".join(entry.filename for entry in entries[:5]) or "nothing",
+            fix="pack data files, or name the format of those inside with data.read.format (csv, jsonl or text)",
         )
     several = len(wanted) > 1
     return [
@@ -243,12 +285,13 @@ def known_encoding(name: str, where: str) -> str:
         found = codecs.lookup(name)
         if not found._is_text_encoding or found.name in ("idna", "punycode", "undefined"):
             raise LookupError
-    except LookupError:
+    except (LookupError, ValueError):  # the latter for a name with a NUL
         raise UserError(
             "there is no such encoding",
             where=where,
             expected="a name that Python knows, such as utf-8, cp1252, latin-1, utf-16 or shift_jis",
             found=repr(name),
+            fix="write one of these, or leave data.read.encoding out for UTF-8 and files with a byte-order mark",
         ) from None
     return "utf-8" if found.name in ("utf-8", "utf-8-sig", "ascii") else found.name
 
@@ -265,6 +308,7 @@ def _damaged(location: Location, error: Exception) -> UserError:
     return UserError(
         "the compressed file is damaged",
         where=location.name,
+        expected="a whole archive of the kind that its name says",
         found=str(error) or type(error).__name__,
         fix="copy it again from where it came",
     )

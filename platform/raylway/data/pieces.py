@@ -31,6 +31,7 @@ import msgspec
 import pyarrow as pa
 import xxhash
 
+from raylway import storage
 from raylway.data import files
 from raylway.data.items import Item, Reading
 from raylway.features.prepared import MANIFEST
@@ -63,7 +64,7 @@ def keyed(item: Item, reading: Reading) -> Keyed:
     digest = xxhash.xxh3_128(msgspec.msgpack.encode([VERSION, reading]))
     for part in item.parts:
         where = part.location
-        content = msgspec.structs.replace(where, name="", path=files.checksum(where))
+        content = msgspec.structs.replace(where, name="", path=files.checksum(where), stamp="")
         same = msgspec.structs.replace(part, location=content)
         digest.update(msgspec.msgpack.encode([where.format, where.compression, where.partitions, same]))
     return Keyed(item, digest.hexdigest()[:24])
@@ -72,19 +73,32 @@ def keyed(item: Item, reading: Reading) -> Keyed:
 def write_table(folder: Path, name: str, table: pa.Table) -> str:
     """Write a table under its name at once; returns the file's checksum."""
     staged = folder / f".{secrets.token_hex(6)}"
-    with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    with pa.memory_map(str(staged)) as mapped:
-        digest = xxhash.xxh3_128_hexdigest(mapped.read_buffer())
-    staged.replace(folder / name)
+    with _written(staged):
+        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        with pa.memory_map(str(staged)) as mapped:
+            digest = xxhash.xxh3_128_hexdigest(mapped.read_buffer())
+        staged.replace(folder / name)
     return digest
+
+
+@contextmanager
+def _written(staged: Path) -> Iterator[None]:
+    """What could not be written is told as the user's error, also by a worker of Ray, and leaves nothing behind."""
+    with storage.writing(staged.parent):
+        try:
+            yield
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
 
 
 def write_bytes(folder: Path, name: str, content: bytes) -> str:
     """Write a file under its name at once; returns its checksum."""
     staged = folder / f".{secrets.token_hex(6)}"
-    staged.write_bytes(content)
-    staged.replace(folder / name)
+    with _written(staged):
+        staged.write_bytes(content)
+        staged.replace(folder / name)
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -96,9 +110,7 @@ def read_table(folder: Path, name: str) -> pa.Table:
 
 def write_whole(folder: Path, name: str, record: object, made: dict[str, str]) -> None:
     """Vouch for files: until this is written they do not count."""
-    staged = folder / f".{secrets.token_hex(6)}"
-    staged.write_bytes(msgspec.msgpack.encode(Whole(msgspec.msgpack.encode(record), made)))
-    staged.replace(folder / name)
+    write_bytes(folder, name, msgspec.msgpack.encode(Whole(msgspec.msgpack.encode(record), made)))
 
 
 def read_whole(folder: Path, name: str, kind: type[Record]) -> Record | None:

@@ -10,6 +10,7 @@ import bisect
 import functools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,7 @@ from raylway.features.prepared import (
 )
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
 
@@ -92,7 +93,11 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter, few: int | None =
             prepared = Prepared(folder)
             stage.finish(f"{_account(prepared.manifest)}; prepared before: {folder}")
             return prepared
-        with pieces.in_use(folder.parent) as kept, storage.staged_folder(folder) as staged:
+        with ExitStack() as stack:
+            stack.enter_context(located(loaded))
+            stack.enter_context(storage.writing(root))
+            kept = stack.enter_context(pieces.in_use(folder.parent))
+            staged = stack.enter_context(storage.staged_folder(folder))
             manifest, keys = _prepare(loaded, start, Work(staged, kept, reporter, stage, few))
         pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
@@ -118,7 +123,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
     source = open_source(loaded, start.locations)
     names = check_names(loaded, source.columns)
     if not source.parts:
-        raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
+        raise no_rows(loaded.location("data.source"), source)
     found = reading.read(loaded, source, names, start.past.generations, work.kept, work.stage, work.few)
     decided, tasks = _decide(loaded, source, names, found, start, work.kept)
     use = Use.of(found.rules, names, decided.plan)

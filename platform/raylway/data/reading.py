@@ -98,7 +98,7 @@ def read(
     while True:
         read, columns = over(rules, must_fit=False)
         if not sum(facts.read for item in read for facts in item.facts):
-            raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
+            raise no_rows(loaded.location("data.source"), source)
         seen = assessment.merged([facts.seen for item in read for facts in item.facts])
         types = assessment.types_of(loaded, names, seen, source.places)
         decided = assessment.rules_of(loaded, names, types)

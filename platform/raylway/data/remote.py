@@ -85,6 +85,7 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
             where=where,
             expected=f"a file, glob or folder of a bucket, with files ending in {ENDINGS}",
             found=text,
+            fix="list the bucket with a tool of its own, and name what is there",
         )
     found = [
         Location(f"{scheme}://{name}", f"{scheme}://{name}", declared=declared, length=files[name].size)

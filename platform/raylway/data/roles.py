@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from raylway.data.csv_text import DELIMITERS
 from raylway.errors import UserError
 from raylway.features.derive import Derivation, derivation
 from raylway.features.signature import Input, Signature, Task
@@ -58,11 +59,19 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
     known = [*columns, *data.derive]
     for name in data.derive:
         if not name.strip():
-            raise UserError("a derived column has no name", where=loaded.location("data.derive"), fix="give it one")
+            raise UserError(
+                "a derived column has no name",
+                where=loaded.location("data.derive"),
+                expected="a name before each expression",
+                found=repr(name),
+                fix="give it one",
+            )
         if name in columns:
             raise UserError(
                 f"the derived column {name!r} is a column of the source already",
                 where=loaded.location(f"data.derive.{name}"),
+                expected=f"a name that is none of: {', '.join(columns[:40])}",
+                found=name,
                 fix="give it another name",
             )
     derive = _ordered(loaded, columns)
@@ -86,6 +95,8 @@ def check_names(loaded: LoadedJob, columns: list[str]) -> Names:
                 raise UserError(
                     f"the feature {name!r} {why}",
                     where=loaded.location(f"data.features.{key}"),
+                    expected="columns that are known before the target is",
+                    found=name,
                     fix=f"take it out of features.{key}",
                 )
     column = data.split.column
@@ -169,7 +180,8 @@ def choose_features(
         raise UserError(
             "no column is left to be a feature",
             where=where,
-            found="; ".join(sentences) or f"columns: {', '.join(names.columns)}",
+            expected="a column besides the target",
+            found="; ".join(sentences) or f"columns: {', '.join(names.columns[:40])}",
             fix="drop fewer columns, or list one under data.features.numeric, categorical or date",
         )
     _refuse_derived_from_truth_values([*numeric, *categorical], names, types, where)
@@ -255,6 +267,7 @@ def _refuse_derived_from_truth_values(features: list[str], names: Names, types: 
                 f"the feature {name!r} derives from {unfit[0]!r}, which holds true and false",
                 where=where,
                 expected="features derived from numbers and text",
+                found=names.derive.get(name, name),
                 fix=f"use {unfit[0]!r} itself, or write it as 0 and 1 in the source",
             )
 
@@ -274,7 +287,9 @@ def _ordered(loaded: LoadedJob, columns: list[str]) -> dict[str, str]:
             raise UserError(
                 "derived columns read each other in a circle",
                 where=loaded.location("data.derive"),
+                expected="columns that derive from the source, or from others that do",
                 found=", ".join(waiting),
+                fix="write one of them without the others",
             )
         done[ready] = waiting.pop(ready).text
     return done
@@ -297,10 +312,13 @@ def _check_known(names: list[str], known: list[str], where: str, what: str) -> N
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "name one of the columns"
+            if any(name in whole.split(mark) for whole in known for mark in DELIMITERS):
+                hint = "the heading was read as one name: correct data.read.delimiter, or leave it out"
             raise UserError(
                 f"there is no column {name!r}",
                 where=where,
                 expected=f"{what} to be one of: {', '.join(known[:40])}{' ...' if len(known) > 40 else ''}",
                 found=name,
-                fix=f"did you mean {near[0]!r}?" if near else "name one of the columns",
+                fix=hint,
             )

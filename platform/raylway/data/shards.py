@@ -106,7 +106,8 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             some = rows[start : start + to.rows]
             content = _shard(_rows(piece, some, use), transform)
             file = f"{name}-{number + start // to.rows:05d}.arrow"
-            storage.write_bytes(Path(to.folder) / file, content)
+            with storage.writing(Path(to.folder).parent):
+                storage.write_bytes(Path(to.folder) / file, content)
             shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
     return Written(len(sides), shards)
 

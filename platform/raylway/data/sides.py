@@ -44,17 +44,20 @@ def divided(loaded: LoadedJob, task: Task, classes: list[str], rows: Rows) -> tu
         raise UserError(
             "a stratified split needs classes",
             where=loaded.location("data.split.by"),
+            expected="the task classification",
             found=f"the task is regression on {loaded.job.data.target!r}",
             fix="write data.split.by: random",
         )
+    every = sum(table.num_rows for table in rows.tables)
     by_class = order.by == "rows" and by != "random" and task == "classification"
     shares = split.Shares(loaded.job.data.split.validation, loaded.job.data.split.test)
 
     def sizes_fit(sizes: np.ndarray) -> None:
         if by_class:
-            _refuse_small(loaded, classes, sizes, 2 if shares.held_out else 1)
+            copies = 0 if rows.past else every - int(sizes.sum())
+            _refuse_small(loaded, classes, sizes, 2 if shares.held_out else 1, copies)
         if not order.is_given and not order.has_units and int(sizes.sum()) < 1 + shares.held_out:
-            raise split.too_few(int(sizes.sum()), "rows", loaded.location("data.split"))
+            raise split.too_few(int(sizes.sum()), "rows", 1 + shares.held_out, loaded.location("data.split"))
 
     plan = Plan(
         order,
@@ -70,7 +73,7 @@ def divided(loaded: LoadedJob, task: Task, classes: list[str], rows: Rows) -> tu
     return division.divide(rows.tables, [np.array(each, np.int32) for each in rows.codes], plan, sizes_fit)
 
 
-def _refuse_small(loaded: LoadedJob, classes: list[str], sizes: np.ndarray, least: int) -> None:
+def _refuse_small(loaded: LoadedJob, classes: list[str], sizes: np.ndarray, least: int, copies: int) -> None:
     small = [
         f"{name!r} ({size} row{'s' * int(size != 1)})"
         for name, size in zip(classes, sizes, strict=True)
@@ -81,7 +84,8 @@ def _refuse_small(loaded: LoadedJob, classes: list[str], sizes: np.ndarray, leas
             f"a class of the target {loaded.job.data.target!r} has too few rows for a stratified split",
             where=loaded.location("data.split"),
             expected=f"at least {least} rows of each class",
-            found=f"{', '.join(small[:5])}{' and more' if len(small) > 5 else ''}",
+            found=f"{', '.join(small[:5])}{' and more' if len(small) > 5 else ''}"
+            + (f"; {copies:,} rows that equal others do not count" if copies else ""),
             fix="give more rows of it, leave the class out of the data, or write data.split.by: random",
         )
 
@@ -93,14 +97,28 @@ def check(loaded: LoadedJob, source: Source, types: dict[str, str], order: Order
         UserError: One has none; the first is named.
     """
     kind = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+    places: list[np.uint64] = []
     for key in ("validation", "test") if order.by == "at" else ():
         text = getattr(order, key)
-        if text and ordering.instant(text, kind[types[order.column]]) is None:
+        place = ordering.instant(text, kind[types[order.column]]) if text else None
+        if place is not None:
+            places.append(place)
+        elif text:
             raise UserError(
                 f"{text!r} is no place in the column {order.column!r}",
                 where=loaded.location(f"data.split.at.{key}"),
                 expected="a date or time in ISO 8601, or a number if the column holds numbers",
+                found=f"{text!r}; the column holds {'text' if types[order.column] == 'string' else 'numbers'}",
+                fix="write a place as the column writes it",
             )
+    if len(places) == 2 and not places[0] < places[1]:
+        raise UserError(
+            "the validation rows begin after the test rows",
+            where=loaded.location("data.split.at.validation"),
+            expected=f"a place before {order.test!r}",
+            found=repr(order.validation),
+            fix="swap them: the latest rows are for test",
+        )
     if refused:
         first = min(refused, key=lambda reject: reject.row_id)
         raise UserError(
@@ -117,14 +135,19 @@ def check(loaded: LoadedJob, source: Source, types: dict[str, str], order: Order
 def nothing_to_train_on(loaded: LoadedJob, order: Ordering) -> UserError:
     """No row is on the training side."""
     if order.is_given:
+        first = order.validation or order.test
         return UserError(
             "no row is left to train on: the source gives all rows to the other sides of the split",
-            where=loaded.location("data.split"),
-            fix="give rows for training",
+            where=loaded.location("data.source.train" if order.by == "files" else "data.split"),
+            expected=f"rows before {first!r}" if first else "rows of the side train",
+            found="none that is complete",
+            fix="write later places under data.split.at" if first else "give rows for training",
         )
     return UserError(
         "no row is left to train on: equal rows are kept and all fall on the other sides of the split",
         where=loaded.location("data.split"),
+        expected="rows that differ",
+        found="so many equal rows that they fill these sides",
         fix="set data.clean.duplicates: drop, or give validation and test smaller shares",
     )
 

@@ -75,7 +75,7 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     reading = Reading(source.columns, names.numeric, max_bytes, [], how.decimal, how.missing_words)
     pieces, share = _heads(source, reading)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):
-        raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
+        raise no_rows(loaded.location("data.source"), source)
     seen = assessment.merged([piece.facts.seen for piece in pieces])
     types = assessment.types_of(loaded, names, seen, source.places)
     refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)

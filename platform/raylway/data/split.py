@@ -63,16 +63,19 @@ def _allot(wanted: int, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
     return alloted
 
 
-def too_few(units: int, what: str, where: str) -> UserError:
+def too_few(units: int, what: str, sides: int, where: str) -> UserError:
     """There are fewer units than sides.
 
     Args:
         units: How many there are.
         what: What they are: rows, groups, instants.
+        sides: How many sides have a share.
         where: In the job file.
     """
     return UserError(
-        f"{units} {what} can't be divided into training, validation and test rows",
+        f"too few {what} to divide into training, validation and test rows",
         where=where,
+        expected=f"at least {sides} different {what}, as many as there are sides with a share",
+        found=f"{units} different {what}",
         fix=f"give more {what}, or set validation or test to 0%",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | N
         predictions: The run's answers, if it has any.
 
     Raises:
-        UserError: There is no such row, or the source is gone.
+        UserError: There is no such row, the source is gone, or the prepared data is damaged.
     """
     files = prepared.manifest.files
     row_id = _row_id(row, files)
@@ -72,8 +73,9 @@ def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | N
     if data_prepare.fingerprint(loaded) != prepared.manifest.fingerprint:
         found.changed = "the source or the job has changed since it was prepared: what is shown may be another record"
     found.record = _record(loaded, location, line)
-    found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
-    _add_fate(found, prepared)
+    with _undamaged(prepared.folder):
+        found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
+        _add_fate(found, prepared)
     if found.side == "test" and predictions is not None and predictions.exists():
         rows = pq.read_table(predictions, filters=[("row_id", "=", row_id)]).to_pylist()
         found.prediction = {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
@@ -120,7 +122,16 @@ class Set(msgspec.Struct, frozen=True):
 
 
 def quarantined(folder: Path, limit: int) -> Set:
-    """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted."""
+    """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted.
+
+    Raises:
+        UserError: The prepared data is damaged.
+    """
+    with _undamaged(folder):
+        return _quarantined(folder, limit)
+
+
+def _quarantined(folder: Path, limit: int) -> Set:
     counts: tuple[Counter[str], Counter[str], Counter[str]] = Counter(), Counter(), Counter()
     rows: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
@@ -164,6 +175,20 @@ def quarantine_text(found: Set, missing: int) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, msgspec.DecodeError) as error:
+        raise UserError(
+            "the prepared data is damaged",
+            where=str(folder),
+            expected="the files that preparation wrote",
+            found=str(error),
+            fix="remove the folder, and run the job again to make it anew",
+        ) from None
+
+
 def _words(row: dict[str, Any]) -> str:
     """Where a quarantined row is."""
     if "row_group" in row:
@@ -188,7 +213,13 @@ def _row_id(row: str, files: list[str]) -> int:
         row_id = int(row)
         if row_id >> LINE_BITS < len(files):
             return row_id
-        raise UserError("there is no such row id", where=row, expected=f"a row of {len(files)} file(s)")
+        raise UserError(
+            "there is no such row id",
+            where=row,
+            expected=f"an id that begins in one of {len(files)} file(s)",
+            found=f"one of file {(row_id >> LINE_BITS) + 1:,}",
+            fix="take the id from the answers, or name the row as file:line",
+        )
     name, _, line = row.rpartition(":")
     matches = [index for index, file in enumerate(files) if file == name or file.endswith("/" + name)]
     if not _is_number(line) or int(line) >> LINE_BITS or len(matches) != 1:
@@ -216,6 +247,7 @@ def _location(loaded: LoadedJob, file: str, index: int) -> Location:
             where=file,
             expected=f"file {index + 1} of the prepared data",
             found=", ".join(location.name for location in every[:10]),
+            fix="put the file back where it was",
         )
     return named[0]
 
@@ -268,7 +300,11 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
         return
     if not found.record:
         raise UserError(
-            "no record begins there", where=f"{found.file}:{found.line}", fix="name a line where one begins"
+            "no record begins there",
+            where=f"{found.file}:{found.line}",
+            expected="a line below the heading, within the file, where a record begins",
+            found="none in what is prepared",
+            fix="name such a line; a record of several lines begins on its first",
         )
     empty = [name for name, cell in found.record.items() if cell is None]
     if empty:

@@ -44,7 +44,13 @@ def find(text: str, where: str, declared: Format | None) -> list[Location]:
         urllib3.util.parse_url(address)
         path, host = urlsplit(address).path, urlsplit(address).hostname
     except ValueError:
-        raise UserError("this is no address", where=where, expected="https://host/path/file.csv", found=text) from None
+        raise UserError(
+            "this is no address",
+            where=where,
+            expected="https://host/path/file.csv",
+            found=text,
+            fix="take the address as the browser shows it",
+        ) from None
     if re.search(r"[*\[]", path):
         raise UserError(
             "a web server can't be searched",
@@ -92,7 +98,13 @@ def _known(location: Location, answer: urllib3.BaseHTTPResponse) -> Location:
         )
     packing = answer.headers.get("Content-Encoding", "").strip().lower() or "identity"
     if packing not in ("identity", "gzip", "x-gzip"):
-        raise UserError("the server packs the file", where=location.name, expected="gzip at most", found=packing)
+        raise UserError(
+            "the server packs the file",
+            where=location.name,
+            expected="gzip at most",
+            found=f"Content-Encoding: {packing}",
+            fix="copy the file to a folder or bucket",
+        )
     # of a file called .gz some servers say this of the file itself
     is_gzip = packing != "identity" and not path_of(location.path).lower().endswith(".gz")
     size, stamp = size_of(answer), stamp_of(answer)

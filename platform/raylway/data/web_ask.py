@@ -67,6 +67,7 @@ def ask(location: Location, span: Callable[[], str | None], use: Callable[[urlli
     raise UserError(
         "the file can't be read from its server",
         where=location.name,
+        expected="an answer of the server",
         found=f"{failure[:300]} ({len(_WAITS_S)} tries)",
         fix="give the command again later, or copy the file to a folder or bucket",
     )
@@ -122,7 +123,13 @@ def _followed(location: Location, span: str | None) -> urllib3.BaseHTTPResponse:
             answer.drain_conn()
         answer.close()
         address = _led_to(location, address, target)
-    raise UserError("the address leads on and on", location.name, f"at most {_REDIRECTS} redirects")
+    raise UserError(
+        "the address leads on and on",
+        where=location.name,
+        expected=f"at most {_REDIRECTS} redirects",
+        found="one more",
+        fix="take the address where it ends, or copy the file to a folder or bucket",
+    )
 
 
 def _led_to(location: Location, address: str, target: str) -> str:
@@ -131,10 +138,20 @@ def _led_to(location: Location, address: str, target: str) -> str:
         scheme = urlsplit(address).scheme
         urllib3.util.parse_url(address)
     except ValueError:
-        raise UserError("the address leads to one that is none", location.name) from None
+        raise UserError(
+            "the address leads to one that is none",
+            where=location.name,
+            expected="a redirect to an address",
+            found="one that can't be read",
+            fix="take the address where the file is",
+        ) from None
     if scheme not in ("https", before):
         raise UserError(
-            "the address leads to one that is not encrypted", location.name, "https:// to the end", f"{scheme}://"
+            "the address leads to one that is not encrypted",
+            where=location.name,
+            expected="https:// to the end",
+            found=f"{scheme}://",
+            fix="take the https:// address where the file is, or copy it to a folder or bucket",
         )
     return address
 
@@ -164,10 +181,18 @@ def _login(address: str) -> dict[str, str]:
     if parts.scheme != "https" or not path.is_file():
         return {}
     try:
-        found = netrc.netrc(path).authenticators(parts.hostname or "")
-    except (netrc.NetrcParseError, OSError) as error:
-        raise UserError("the netrc file can't be read", where=str(path), found=f"{error}"[:200]) from None
-    return urllib3.make_headers(basic_auth=f"{found[0]}:{found[2]}") if found else {}
+        login = netrc.netrc(path).authenticators(parts.hostname or "")
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
+        # the parser's own words may hold the password
+        found = f"line {error.lineno}" if isinstance(error, netrc.NetrcParseError) else type(error).__name__
+        raise UserError(
+            "the netrc file can't be read",
+            where=str(path),
+            expected="machine HOST login NAME password WORD, readable by this user only",
+            found=found,
+            fix="correct it, or take it away if the server needs no login",
+        ) from None
+    return urllib3.make_headers(basic_auth=f"{login[0]}:{login[2]}") if login else {}
 
 
 def _asked_pause(answer: urllib3.BaseHTTPResponse) -> float:
@@ -177,15 +202,28 @@ def _asked_pause(answer: urllib3.BaseHTTPResponse) -> float:
 
 def _refused(location: Location, status: int, found: str) -> UserError:
     if status in (404, 410):
-        return UserError("the source is not there", where=location.name, found=found, fix="check the address")
+        return UserError(
+            "the source is not there",
+            where=location.name,
+            expected="the address of a file",
+            found=found,
+            fix="check the address",
+        )
     if status in (401, 403):
         return UserError(
             "the server refuses",
             where=location.name,
             expected="a file that all may read, or a login for its host in ~/.netrc (or the file that NETRC names)",
             found=found,
+            fix="write the login there, or copy the file to a folder or bucket",
         )
-    return UserError("the server does not give the file", where=location.name, found=found)
+    return UserError(
+        "the server does not give the file",
+        where=location.name,
+        expected="the status 200 or 206",
+        found=found,
+        fix="open the address in a browser, and copy the file to a folder or bucket if it is there",
+    )
 
 
 def _untrusted(location: Location, error: ssl.SSLCertVerificationError) -> UserError:

@@ -75,6 +75,7 @@ class Copy:
                 "the server does not say where the file ends",
                 where=self.location.name,
                 expected="Content-Length, or chunks: without them a connection that was cut looks like the end",
+                found="neither",
                 fix="copy the file to a folder or bucket",
             )
         digest, self._bytes = xxhash.xxh3_128(), 0
@@ -89,6 +90,7 @@ class Copy:
             raise UserError(
                 "the file can't be copied to the temporary folder",
                 where=self.location.name,
+                expected=f"room for it in {tempfile.gettempdir()}",
                 found=f"{tempfile.gettempdir()}: {error.strerror}",
                 fix="name a folder with room in TMPDIR: the server gives no ranges, so the file is copied first",
             ) from None

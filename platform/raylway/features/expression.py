@@ -27,6 +27,8 @@ _COMPARISON = {
     ast.GtE: pc.greater_equal,
 }
 _LARGEST_NUMBER = sys.float_info.max
+_LONGEST_SHOWN = 200
+_GRAMMAR = 'column names, numbers, text, + - * /, comparisons, and, or, not, col("a name")'
 _CONSTANTS = {"true": True, "false": False}
 
 
@@ -65,7 +67,11 @@ class Expression:
             value = self._value(self._root, table)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             types = ", ".join(f"{name} is {table.schema.field(name).type}" for name in sorted(self.columns))
-            raise self._error(f"does not fit the types of its columns ({types}): {error}") from None
+            where = f"the types of its columns ({types})" if types else "its constants"
+            raise self._error(
+                f"does not fit {where}: {error}",
+                'comparisons of numbers with numbers and text with "text", and, or, not of comparisons',
+            ) from None
         except RecursionError:
             raise self._error("is nested too deeply") from None
         if isinstance(value, pa.ChunkedArray):
@@ -137,9 +143,12 @@ class Expression:
             raise pa.ArrowTypeError("text is no number")
         return pc.cast(value, pa.float64())
 
-    def _error(self, what: str) -> UserError:
+    def _error(self, what: str, expected: str = _GRAMMAR) -> UserError:
+        shown = self.text if len(self.text) <= _LONGEST_SHOWN else f"{self.text[:_LONGEST_SHOWN]}..."
         return UserError(
-            f"the expression {self.text!r} {what}",
+            f"the expression {shown!r} {what}",
             where=self.where,
-            expected='column names, numbers, text, + - * /, comparisons, and, or, not, col("a name")',
+            expected=expected,
+            found=shown,
+            fix="write it so, or compute it in a function of your own: module:function(column, column)",
         )

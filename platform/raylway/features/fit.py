@@ -215,7 +215,7 @@ def _transform(plan: FitPlan, known: Part, found: dict[str, Found]) -> Transform
     categories = [_category(feature, known) for feature in plan.categories]
     mean, spread = 0.0, 1.0
     if plan.task == "regression":
-        _refuse_too_large(plan.target, known.target)
+        _refuse_too_large(plan.target, known.target, is_target=True)
         mean, spread = known.target.mean, known.target.spread or 1.0
     return Transform(
         derive={name: plan.derive[name] for name in plan.derive if name in plan.served},
@@ -346,16 +346,17 @@ def _counts(texts: pa.Array) -> dict[str, int]:
     return {pair["values"]: pair["counts"] for pair in texts.drop_null().value_counts().to_pylist()}
 
 
-def _refuse_too_large(name: str, moments: Moments) -> None:
+def _refuse_too_large(name: str, moments: Moments, is_target: bool = False) -> None:
     if not np.isfinite(moments.mean) or not np.isfinite(moments.spread):
-        raise _too_large(name, moments)
+        raise _too_large(name, moments, is_target)
 
 
-def _too_large(name: str, moments: Moments) -> UserError:
+def _too_large(name: str, moments: Moments, is_target: bool = False) -> UserError:
+    rescale = f"such as data.derive: {{scaled: {name} / 1e200}}"
     return UserError(
         f"the numbers of column {name!r} are too large to be standardised",
-        where=name,
+        where="data.target" if is_target else "data.features",
         expected="squares within the range of a double, below 1e308",
         found=f"values from {moments.minimum:g} to {moments.maximum:g}",
-        fix="rescale the column, or list it under data.features.drop",
+        fix=f"predict a smaller number, {rescale}" if is_target else f"list it under data.features.drop, or {rescale}",
     )

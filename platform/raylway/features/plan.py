@@ -147,12 +147,13 @@ def treatments(
 def _treatment(section: schema.Transform, name: str, role: str) -> Treatment:
     own = section.columns.get(name, schema.ColumnTransform())
     given = {key: getattr(own, key) for key in sorted(own.model_fields_set)}
-    for key in given:
+    for key, wanted in given.items():
         if key not in _KEYS[role]:
             raise UserError(
                 f"{key} means nothing for the column {name!r}, which is {_WORDS[role]}",
                 where=f"data.transform.columns.{name}.{key}",
                 expected=f"keys for it: {', '.join(sorted(_KEYS[role]))}",
+                found=f"{key}: {wanted}",
                 fix=f"take the key out, or list the column under data.features.{_OTHER[role]}",
             )
 
@@ -168,6 +169,7 @@ def _treatment(section: schema.Transform, name: str, role: str) -> Treatment:
                 where=f"data.transform.columns.{name}.impute",
                 expected="mean, median or most_frequent",
                 found=f"{impute:g}",
+                fix="write one of these, or take the key out",
             )
         impute = "mean"
     return Treatment(value("scale"), impute, value("indicator"), bins, value("categories") == "one_hot", value("rare"))

@@ -25,6 +25,7 @@ from raylway.errors import UserError
 
 _CALL = re.compile(r"\s*([^\W\d][\w.]*):([^\W\d]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _FORM = 'module:function(column, column), a name that is no identifier as col("a name")'
+_FORM_OF_RESULT = "one Arrow or NumPy array with a number, text or boolean for each row of its table"
 _ALONE = 3
 """Rows of a table that are also computed by themselves."""
 _CLOSE = 1e-9
@@ -45,9 +46,13 @@ class Step:
     def __init__(self, text: str, where: str = "data.derive") -> None:
         self.text, self.where = text, where
         found = _CALL.fullmatch(text)
-        if found is None or found[3] is None:
+        if found is None or not (found[3] or "").strip():
             raise UserError(
-                f"{text!r} names no columns", where=where, expected=_FORM, fix="list what the function takes"
+                f"{text!r} names no columns",
+                where=where,
+                expected=_FORM,
+                found=text,
+                fix="list the columns that the function takes",
             )
         self.module, self._name = found[1], found[2]
         self._order = self._arguments(found[3])
@@ -82,7 +87,7 @@ class Step:
         function = self.load()
         try:
             returned = function(given)
-        except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's own code may raise anything
             raise self._raised(error) from None
         return self._column(returned, table.num_rows)
 
@@ -110,7 +115,7 @@ class Step:
         except SyntaxError:
             call = None
         names: list[str] = []
-        for node in call.args if isinstance(call, ast.Call) and not call.keywords else [None]:
+        for node in call.args if isinstance(call, ast.Call) and call.args and not call.keywords else [None]:
             match node:
                 case (
                     ast.Name(id=name)
@@ -118,9 +123,13 @@ class Step:
                 ):
                     names.append(name)
                 case _:
-                    raise UserError(f"{self.text!r} can't be read", where=self.where, expected=_FORM)
-        if not names:
-            raise UserError(f"{self.text!r} names no columns", where=self.where, expected=_FORM)
+                    raise UserError(
+                        f"{self.text!r} can't be read",
+                        where=self.where,
+                        expected=_FORM,
+                        found=f"({text})",
+                        fix="list names of columns only; put constants into the function",
+                    )
         return list(dict.fromkeys(names))
 
     def _loaded(self) -> Callable[[pa.Table], Any]:
@@ -134,20 +143,22 @@ class Step:
                 where=self.where,
                 expected="a Python module beside the job file, in the current folder, or installed",
                 found=self.text,
+                fix=f"write {self.module.replace('.', '/')}.py, or correct the name",
             ) from None
-        except Exception as error:  # noqa: BLE001 - as above
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
             raise self._raised(error) from None
         function = getattr(module, self._name, None)
         if not callable(function):
             raise UserError(
                 f"the module {self.module!r} has no function {self._name!r}",
                 where=self.where,
-                expected=f"a function of that name in {module.__file__}",
+                expected=f"a function of that name in {getattr(module, '__file__', self.module)}",
                 found=self.text,
+                fix="write it, or correct the name",
             )
         return function
 
-    def _raised(self, error: Exception) -> UserError:
+    def _raised(self, error: BaseException) -> UserError:
         """An exception of the user's code, with the user's own line."""
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
         place, line = self.where, ""
@@ -158,6 +169,7 @@ class Step:
         return UserError(
             f"your function raised {type(error).__name__}: {error}",
             where=place,
+            expected=_FORM_OF_RESULT,
             found=line,
             fix=f"correct it; it is called for {self.text!r}, {self.where}",
         )
@@ -167,7 +179,7 @@ class Step:
         if isinstance(returned, np.ndarray) and returned.ndim == 1:
             try:
                 returned = pa.array(returned, from_pandas=True)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            except (ValueError, pa.ArrowException) as error:
                 raise self._misfit(f"an array of {returned.dtype}: {error}") from None
         if isinstance(returned, pa.ChunkedArray):
             returned = returned.combine_chunks()
@@ -191,8 +203,9 @@ class Step:
         return UserError(
             f"the function of {self.text!r} returns what is no column",
             where=self.where,
-            expected="one Arrow or NumPy array with a number, text or boolean for each row of its table",
+            expected=_FORM_OF_RESULT,
             found=found,
+            fix="return one, such as pyarrow.array(values) or a pyarrow.compute result",
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -76,7 +76,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     try:
         job = Job.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_messages(error, values, places, path))) from None
+        raise UserError(
+            "\n".join(_messages(error, values, places, path)), fix="raylway schema prints what each key takes"
+        ) from None
     loaded = LoadedJob(job, path, places)
     for folder in reversed(loaded.import_paths):
         if folder not in sys.path:
@@ -90,8 +92,9 @@ def located(loaded: LoadedJob) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not error.where.startswith(("data.", "model.", "train.", "serve.")):
-            raise
+        section, _, key = error.where.partition(".")
+        if section not in Job.model_fields or key.partition(".")[0] not in _known_keys((section,)):
+            raise  # data.csv is a file
         place = loaded.location(error.where)
         raise UserError(error.what, place, error.expected, error.found, error.fix) from None
 
@@ -102,25 +105,64 @@ def _read_yaml(path: Path) -> CommentedMap:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "name a job file, such as jobs/flights.yaml"
-        raise UserError("no such job file", where=str(path), fix=hint) from None
+        raise UserError(
+            "no such job file", where=str(path), expected="a YAML file", found="no file of this name", fix=hint
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "the job file can't be read", where=str(path), expected="a YAML file in UTF-8", found=str(error)
+            "the job file can't be read",
+            where=str(path),
+            expected="a YAML file in UTF-8",
+            found=getattr(error, "strerror", None) or str(error),
+            fix="name a job file that this user may read, written in UTF-8",
         ) from None
-    try:
-        tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = " ".join(str(part) for part in (error.problem or "can't be read",))
-        raise UserError(f"this is not YAML: {what.splitlines()[0]}", where=place) from None
-    except YAMLError as error:
-        raise UserError(f"this is not YAML: {str(error).splitlines()[0]}", where=str(path)) from None
+    tree = _parsed(text, str(path))
     if not isinstance(tree, CommentedMap):
         raise UserError(
-            "a job file is a mapping of keys", where=f"{path}:1", expected="name: ..., data: ...", found=_shown(tree)
+            "a job file is a mapping of keys",
+            where=f"{path}:1",
+            expected="name: ..., data: ...",
+            found=_shown(tree),
+            fix="begin with the four lines of docs/job-file.md, and name that file",
         )
     return tree
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The YAML tree.
+
+    Raises:
+        UserError: It is none, or holds itself.
+    """
+    try:
+        tree = YAML(typ="rt").load(text)
+        _plain(tree)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = text.splitlines()[mark.line : mark.line + 1] if mark else []
+        place = f"{where}:{mark.line + 1}" if mark and not where.startswith("--") else where
+        raise _not_yaml(error.problem or str(error), place, "".join(line) or "nothing") from None
+    except YAMLError as error:
+        raise _not_yaml(str(error), where, text) from None
+    except RecursionError:
+        raise UserError(
+            "the text is nested too deeply",
+            where=where,
+            expected="sections within sections, and none within itself",
+            found="more than can be followed, or an anchor (&) that holds its own alias (*)",
+            fix="write it without anchors",
+        ) from None
+    return tree
+
+
+def _not_yaml(problem: str, where: str, found: str) -> UserError:
+    return UserError(
+        f"this is not YAML: {problem.splitlines()[0]}",
+        where=where,
+        expected="one YAML 1.2 document",
+        found=found[:200],
+        fix="correct it; text with special characters goes in quotes",
+    )
 
 
 def _places(tree: CommentedMap, path: Path) -> dict[str, str]:
@@ -156,7 +198,11 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(
-            "--set takes key=value", where=f"--set {text}", expected="such as --set train.optimizer.lr=0.01"
+            "--set takes key=value",
+            where="--set",
+            expected="such as --set train.optimizer.lr=0.01",
+            found=text,
+            fix="write the key with its sections, an equals sign and the value",
         )
     node = values
     for depth, part in enumerate(parts[:-1], start=1):
@@ -165,10 +211,7 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    try:
-        node[parts[-1]] = _plain(YAML(typ="rt").load(value))
-    except YAMLError:
-        raise UserError("the value is not YAML", where=f"--set {text}", found=value) from None
+    node[parts[-1]] = _plain(_parsed(value, f"--set {text}"))
     places[".".join(parts)] = f"--set {key.strip()}"
 
 
@@ -179,6 +222,8 @@ def _messages(error: ValidationError, values: dict[str, Any], places: dict[str, 
         by_key.setdefault(_real_key(problem, values), []).append(dict(problem))
     lines = []
     for key, problems in by_key.items():
+        if isinstance(problems[0]["input"], dict) and any(other[: len(key)] == key != other for other in by_key):
+            continue  # of the union's branches the section was meant: what is wrong inside it is said
         dotted = _dotted(key)
         place = next((places[_dotted(key[:n])] for n in range(len(key), 0, -1) if _dotted(key[:n]) in places), path)
         lines.append(f"{place}: {_sentence(dotted, key, problems)}")
@@ -191,10 +236,9 @@ def _real_key(problem: dict[str, Any] | Any, values: Any) -> Key:
     node = values
     for part in problem["loc"]:
         inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
-        if not inside:
-            return (*key, part) if problem["type"] == "missing" else key
-        key, node = (*key, part), node[part]
-    return key
+        if inside:
+            key, node = (*key, part), node[part]
+    return (*key, problem["loc"][-1]) if problem["type"] == "missing" else key
 
 
 def _sentence(dotted: str, key: Key, problems: list[dict[str, Any]]) -> str:
@@ -218,6 +262,7 @@ def _expectation(problem: dict[str, Any]) -> str:
     text = text.replace("Input should be", "expected").replace("a valid dictionary or instance of", "a section like")
     text = text.replace("String should match pattern", "expected text that matches")
     text = text.replace("String should have", "expected text of")
+    text = text.replace("a valid dictionary", "a section")
     text = text.replace("Input should have", "expected").replace("a valid string", "text")
     text = text.replace("a valid integer", "a whole number").replace("a valid number", "a number")
     return text.replace("a valid list", "a list").replace("a valid boolean", "true or false")
@@ -227,9 +272,13 @@ def _known_keys(prefix: Key) -> list[str]:
     section: Any = Job
     for part in prefix:
         fields = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
-        section = fields.get(str(part))
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        found = fields.get(str(part))
+        sections = [
+            each for each in (found, *get_args(found)) if isinstance(each, type) and issubclass(each, BaseModel)
+        ]
+        if not sections:
             return []
+        section = sections[0]
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

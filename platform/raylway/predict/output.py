@@ -91,7 +91,13 @@ def output_of(place: str | None, wanted: str | None) -> Output:
         UserError: The format is not written, or something is in the way.
     """
     if wanted is not None and wanted not in FORMATS:
-        raise UserError("answers can't be written in this format", "--format", " or ".join(FORMATS), wanted)
+        raise UserError(
+            "answers can't be written in this format",
+            where="--format",
+            expected=" or ".join(FORMATS),
+            found=wanted,
+            fix="name one of these",
+        )
     if place is None:
         return Output("", _format(wanted or "csv"), False)
     ending = place.rpartition("/")[2].rpartition(".")[2].lower()
@@ -99,16 +105,20 @@ def output_of(place: str | None, wanted: str | None) -> Output:
     if not is_folder and ending not in FORMATS:
         raise UserError(
             "answers can't be written in this format",
-            place,
-            " or ".join(f".{name}" for name in FORMATS),
-            f".{ending}" if "." in place.rpartition("/")[2] else "no ending",
-            fix="end the name with a slash to write a folder of parts",
+            where=f"--output {place}",
+            expected=" or ".join(f".{name}" for name in FORMATS),
+            found=f".{ending}" if "." in place.rpartition("/")[2] else "no ending",
+            fix="end the name with one of these, or with a slash to write a folder of parts",
         )
     scheme = place.partition("://")[0] if "://" in place else ""
     refuse_credentials(place, "--output")
     if scheme and scheme not in remote.SCHEMES:
         raise UserError(
-            "answers can't be written there", place, "a path, s3://bucket/path or gs://bucket/path", f"{scheme}://"
+            "answers can't be written there",
+            where=f"--output {place}",
+            expected="a path, s3://bucket/path or gs://bucket/path",
+            found=f"{scheme}://",
+            fix="write a file or folder, and copy it from there",
         )
     return Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
 
@@ -140,7 +150,11 @@ def refuse_taken(output: Output) -> None:
 def _taken(output: Output) -> UserError:
     what = "folder" if output.is_folder else "file"
     return UserError(
-        f"the {what} is there already", output.place, f"a new {what}", fix="name another one, or remove it first"
+        f"the {what} is there already",
+        where=output.place,
+        expected=f"a new {what}",
+        found="something of this name",
+        fix="name another one, or remove it first",
     )
 
 
@@ -245,9 +259,18 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
             raise remote.unreadable(output.place, "--output", error) from None
         if not isinstance(error, OSError):
             raise
-        raise UserError(
-            "the answers can't be written", output.place or "standard output", found=error.strerror or str(error)
-        ) from None
+        raise unwritable(output.place or "standard output", error) from None
+
+
+def unwritable(where: str, error: OSError) -> UserError:
+    """The operating system does not let this user write the answers."""
+    return UserError(
+        "the answers can't be written",
+        where=where,
+        expected="a place that this user may write, on a disk with room",
+        found=error.strerror or str(error),
+        fix="make room, or name another place with --output",
+    )
 
 
 def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:

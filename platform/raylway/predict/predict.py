@@ -29,7 +29,7 @@ from raylway.data.items import Item
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
-from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema
+from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema, unwritable
 from raylway.runs.progress import Reporter
 
 SMALL_BYTES = 32 << 20
@@ -125,8 +125,14 @@ class Answerer:
         """Write the item's answers and rejects; done twice, it writes the same.
 
         Raises:
-            UserError: A file is damaged.
+            UserError: A file is damaged, or the answers can't be written.
         """
+        try:
+            return self._answer(item)
+        except OSError as error:
+            raise unwritable(self._asked.output.place or str(self._scratch), error) from None
+
+    def _answer(self, item: Item) -> Done:
         record = self._predictor.bundle.record
         columns = schema(record.signature)
         writer = PartWriter(_part(self._scratch, item.index), self._asked.output, columns)
@@ -239,9 +245,7 @@ def _scratch(output: Output, bundle: Path) -> Iterator[Path]:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")
             folder = stack.enter_context(storage.scratch_folder(parent, name))
         except OSError as error:
-            raise UserError(
-                "the answers can't be written", output.place or str(parent), found=error.strerror or str(error)
-            ) from None
+            raise unwritable(output.place or str(parent), error) from None
         yield folder
 
 
