@@ -218,6 +218,29 @@ class Model(Section):
         return self
 
 
+class Spike(Section):
+    """What happens when the loss of a step jumps."""
+
+    then: Literal["ignore", "stop", "rollback"] = "ignore"
+    """`stop`, before the weights are touched; or `rollback` to the last checkpoint that was due, and go on behind the
+    step that spiked, leaving out the batches between."""
+    deviations: Annotated[float, Field(gt=0)] = 6.0
+    """A spike is a loss above the mean of the last steps by more than so many standard deviations."""
+    window: Progress = Duration(128, "steps")
+    """The last steps that it is compared with; before there are so many, and in short batches, nothing is a spike."""
+
+    @field_validator("deviations", mode="before")
+    @classmethod
+    def _whole_number_is_fine(cls, value: Any) -> Any:
+        return _as_float(value)
+
+    @model_validator(mode="after")
+    def _compares(self) -> Spike:
+        if not self.window.amount:
+            raise ValueError("expected a window above zero steps")
+        return self
+
+
 class Optimizer(Section):
     kind: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     """`muon` is for matrices; embeddings and what has another number of dimensions get `adamw`."""
@@ -226,6 +249,10 @@ class Optimizer(Section):
     """For the weights of layers; norms, biases and embeddings have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For `sgd` only."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; the averaged weights are validated,
+    evaluated and served. Left out: no average."""
+    spike: Spike = Spike()
 
     @field_validator("lr", "weight_decay", "momentum", mode="before")
     @classmethod
@@ -309,6 +336,15 @@ class Train(Section):
     @classmethod
     def _whole_number_is_fine(cls, value: Any) -> Any:
         return _as_float(value)
+
+    @model_validator(mode="after")
+    def _way_back_is_known(self) -> Train:
+        if self.optimizer.spike.then == "rollback" and self.checkpoint.every.is_time:
+            raise ValueError(
+                f"expected checkpoint.every in steps or epochs with optimizer.spike.then: rollback, so that the way "
+                f"back does not depend on the clock; found {self.checkpoint.every}"
+            )
+        return self
 
 
 class Replicas(Section):

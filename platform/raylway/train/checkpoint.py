@@ -26,41 +26,16 @@ import torch
 from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.train import messages
+from raylway.train.average import Average
+from raylway.train.progress import Progress
 from raylway.train.strategy import Groups
-from raylway.train.validate import Best
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MODEL, OPTIMIZER = "model.", "optim."
+MODEL, OPTIMIZER, AVERAGE = "model.", "optim.", "ema."
 _NOT_SAVED = ("params", "foreach", "fused")
 _NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
-
-
-class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far training is. The step is the whole state of the data."""
-
-    step: int = 0
-    """Steps made, the skipped ones included."""
-    updates: int = 0
-    """Steps that changed the weights; the schedule counts these."""
-    skipped_in_a_row: int = 0
-    best: Best = Best()
-    best_checkpoint: str = ""
-    """The folder of the best validation's weights; empty before the first."""
-    stopped_early: bool = False
-
-    @property
-    def skipped(self) -> int:
-        return self.step - self.updates
-
-    def after_step(self, updated: bool) -> Progress:
-        return msgspec.structs.replace(
-            self,
-            step=self.step + 1,
-            updates=self.updates + updated,
-            skipped_in_a_row=0 if updated else self.skipped_in_a_row + 1,
-        )
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,12 +156,13 @@ def newest(folder: Path, broken: dict[str, str]) -> Checkpoint | None:
 
 
 def load_model(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights of one checkpoint, by parameter and buffer name, on the CPU.
+    """The model's weights of one checkpoint, by parameter and buffer name, on the CPU; averaged, if it has averages.
 
     Raises:
         RunFailed: The checkpoint is not whole.
     """
-    return opened(folder).tensors(MODEL)
+    found = opened(folder)
+    return found.tensors(MODEL) | found.tensors(AVERAGE)
 
 
 def last_attempt(folder: Path) -> int:
@@ -194,9 +170,10 @@ def last_attempt(folder: Path) -> int:
     return max((_key(path)[1] for path in _candidates(folder)), default=0)
 
 
-def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: `model.<name>` and `optim.<parameter>.<entry>`."""
+def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: `model.<name>`, `optim.<parameter>.<entry>` and `ema.<parameter>`."""
     tensors = {MODEL + key: tensor for key, tensor in module.state_dict().items()}
+    tensors |= {AVERAGE + key: tensor for key, tensor in average.weights.items()}
     for parameter_name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
@@ -213,8 +190,8 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state where training left them.
+def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> None:
+    """Put a checkpoint's weights, their average and the optimizer's state where training left them.
 
     Raises:
         UserError: The checkpoint is of another model or optimizer.
@@ -240,7 +217,18 @@ def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.O
             found=f"that of {', '.join(dict.fromkeys(kinds[1]))}",
             fix="remove the run's folder to train with the changed optimizer from the start",
         )
+    averages = found.tensors(AVERAGE)
+    if averages.keys() != average.weights.keys():
+        raise UserError(
+            "the checkpoint does not fit train.optimizer.ema",
+            where=str(found.folder),
+            expected="averaged weights" if average.weights else "no averaged weights",
+            found="some" if averages else "none",
+            fix="remove the run's folder to train from the start",
+        )
     module.load_state_dict(weights)
+    for key, tensor in averages.items():
+        average.weights[key].copy_(tensor)
     names = {parameter: key for key, parameter in module.named_parameters()}
     entries: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in found.tensors(OPTIMIZER).items():
@@ -315,10 +303,14 @@ class Checkpoints:
                 files = [file for part in parts for file in part] + [_described(final / STATE)]
                 storage.write_record(final / MANIFEST, Manifest(FORMAT, state.progress.step, self._attempt, files))
                 storage.sync_folder(self._folder)
-                self._clean(state.progress.best_checkpoint)
+                self._clean({state.progress.best_checkpoint, state.progress.anchor})
         except OSError as error:
             raise RunFailed(f"the checkpoint of step {state.progress.step} can't be written: {error}") from error
         self.written = final.name
+
+    def opened(self, name: str) -> Checkpoint:
+        """One of this run's checkpoints, after it was found to be whole."""
+        return opened(self._folder / name)
 
     def name_of(self, step: int) -> str:
         """The folder that `save` makes for a step."""
@@ -342,13 +334,13 @@ class Checkpoints:
         shutil.rmtree(staged)
         return files
 
-    def _clean(self, best: str) -> None:
+    def _clean(self, needed: set[str]) -> None:
         """Remove old checkpoints and what earlier attempts left unfinished. Only after a new one is whole.
 
         What a later attempt writes is not touched.
         """
         whole = [path.name for path in _candidates(self._folder) if (path / MANIFEST).exists()]
-        kept = {best, *[found for found in whole if found not in self._broken][-self._keep :]}
+        kept = {*needed, *[found for found in whole if found not in self._broken][-self._keep :]}
         for path in self._folder.iterdir():
             match = _NAME.search(path.name)
             if match and int(match[2]) <= self._attempt and path.name not in kept:
@@ -387,7 +379,7 @@ def _chunks(path: Path) -> Iterator[Chunk]:
 def refuse_not_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
     """A finite gradient can still overflow the weights (a learning rate of 1e30); such weights are never kept."""
     for key, tensor in tensors.items():
-        if key.startswith(MODEL) and not torch.isfinite(tensor).all():
+        if key.startswith((MODEL, AVERAGE)) and not torch.isfinite(tensor).all():
             raise RunFailed(
                 f"training stopped after step {step}: {key.removeprefix(MODEL)} is not finite, so the next loss would "
                 f"be nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
