@@ -42,7 +42,7 @@ def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
                     "schema": {"oneOf": [_ref("RowsRequest"), _ref("DataRequest")]},
                     "examples": {
                         "rows": {"value": {"rows": made[:1]}},
-                        "data": {"value": {"data": [list(made[0].values())]}},
+                        "data": {"value": {"data": [list(row.values()) for row in made[:1]]}},
                     },
                 }
             },
@@ -108,6 +108,8 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
 def _value(each: Input, categories: list[str]) -> Schema:
     kinds = {"number": ["number"], "category": ["string", "number", "boolean"], "date": ["string"]}[each.type]
     schema: Schema = {"type": kinds if each.required else [*kinds, "null"]}
+    if each.required and each.type != "number":
+        schema["minLength"] = 1  # an empty text is a missing cell
     if each.type == "date":
         schema["description"] = "a date or time in ISO 8601, such as 2013-01-01T05:00:00Z; without a zone it is UTC"
     elif categories:

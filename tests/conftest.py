@@ -1,4 +1,4 @@
-"""One embedded Ray for the whole session; everything else is made by the tests that need it."""
+"""One embedded Ray and one server of each kind for the whole session; the rest is made by the tests that need it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stores
+import web_server
 from hypothesis import settings
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -41,3 +43,51 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.Bucket]:
+    with stores.s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def google_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.Bucket]:
+    with stores.google(tmp_path_factory.mktemp("google")) as server:
+        yield server
+
+
+@pytest.fixture(params=["s3_server", "google_server"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.Bucket]:
+    """The bucket `rows` of each store in turn, named by the environment as a user would."""
+    from raylway.data import remote
+
+    server: stores.Bucket = request.getfixturevalue(request.param)
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    remote.system.cache_clear()
+    yield server
+    remote.system.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def https_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[web_server.Web, Path]]:
+    """A server and the certificate that it shows."""
+    certificate = tmp_path_factory.mktemp("https") / "made.pem"
+    web_server.certify(certificate)
+    with web_server.serving(certificate) as web:
+        yield web, certificate
+
+
+@pytest.fixture
+def web(https_server: tuple[web_server.Web, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[web_server.Web]:
+    """The server, trusted by this process and those that it starts."""
+    from raylway.data import web_ask
+
+    server, certificate = https_server
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    web_ask._pool.cache_clear()
+    server.files.clear()
+    server.asked.clear()
+    yield server
+    web_ask._pool.cache_clear()

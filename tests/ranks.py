@@ -110,15 +110,18 @@ class Ranks:
         assignments: Done one after the other by every rank.
         workers: How many ranks.
         folder: For the rendezvous.
+        exact: Our own model computes in float64.
     """
 
-    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path) -> None:
+    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path, exact: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
         self._pipes, self.processes = [], []
         for rank in range(workers):
             mine, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_rank, args=(assignments, rank, workers, store, theirs), daemon=True)
+            process = _CONTEXT.Process(
+                target=_rank, args=(assignments, rank, workers, store, theirs, exact), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -139,9 +142,9 @@ class Ranks:
         return found
 
 
-def run(*assignments: dict[str, Any], workers: int, folder: Path) -> list[list[worker.Report]]:
+def run(*assignments: dict[str, Any], workers: int, folder: Path, exact: bool = False) -> list[list[worker.Report]]:
     """Do the assignments on a fresh group; for each rank its reports."""
-    results = Ranks(list(assignments), workers, folder).results()
+    results = Ranks(list(assignments), workers, folder, exact).results()
     assert all(isinstance(report, dict) for reports in results for report in reports), results
     return [[msgspec.convert(report, worker.Report) for report in reports] for reports in results]
 
@@ -154,9 +157,12 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     return reports[0]
 
 
-def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any) -> None:
+def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any, exact: bool) -> None:
+    import torch
     import torch.distributed as dist
 
+    if exact:
+        torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
     reports: list[Any] = []
     for assignment in assignments:

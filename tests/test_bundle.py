@@ -21,6 +21,7 @@ from raylway.bundle.predictor import CHUNK_ROWS, NotFinite, Predictor
 from raylway.bundle.rows import RowReader
 from raylway.errors import RunFailed, UserError
 from raylway.models import registry
+from serve_app import openapi
 
 
 @pytest.fixture(scope="module")
@@ -281,11 +282,32 @@ def test_nothing_in_a_bundle_is_a_pickle(fruit: Path) -> None:
 def test_examples_are_made_up_and_accepted(fruit: Path) -> None:
     made = making.fruit()
     rows = examples.read(fruit).rows
-    assert rows == examples.rows(made.signature, made.transform)
+    assert rows == examples.rows(Predictor(fruit)) and len(rows) == examples.NUM_ROWS
     length = made.transform.numeric[0]
     assert [row["length"] for row in rows[1:3]] == [length.minimum, length.maximum]
     assert {row["colour"] for row in rows} <= {"green", "red"}
     examples.check(Predictor(fruit))
+
+
+@pytest.mark.parametrize(("columns", "answered"), [("a", 2), ("a, b", 0)])
+def test_examples_are_rows_that_the_users_functions_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str, answered: int
+) -> None:
+    """A function that fails for what is made up costs examples, not the bundle; only the training cells are known."""
+    table = pa.table({"a": [1.5, 2.0, 3.0, 4.5] * 5, "b": [4.0, 3.0, 1.0, 2.0] * 5, "y": [1.0, 2.0, 4.0, 8.0] * 5})
+    known = set(zip(*(table[name].to_pylist() for name in columns.split(", ")), strict=True))
+    (tmp_path / f"own_lookup_{answered}.py").write_text(
+        f"import pyarrow as pa\n\nKNOWN = {dict.fromkeys(known, 1.0)}\n\n\ndef look(table):\n"
+        "    return pa.array([KNOWN[row] for row in zip(*(column.to_pylist() for column in table.columns))])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    derive = {"found": f"own_lookup_{answered}:look({columns})"}
+    made = making.made(table, "y", {"a": "number", "b": "number"}, steps=0, derive=derive)
+    predictor = Predictor(made.stage(tmp_path / "bundle"))
+    assert len(examples.read(predictor.bundle.folder).rows) == answered
+    examples.check(predictor)
+    shown = openapi.document(predictor.bundle, 1000)["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert len(shown["application/json"]["examples"]["data"]["value"]["data"]) == min(1, answered)
 
 
 def test_a_bundle_that_answers_otherwise_than_its_examples_is_refused(copied: Path) -> None:

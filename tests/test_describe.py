@@ -41,7 +41,7 @@ def pieces(draw: st.DrawFn) -> list[pa.Table]:
 
 @given(pieces())
 def test_parts_merge_into_what_the_whole_holds(parts: list[pa.Table]) -> None:
-    found = describe.merged(describe.describe(part) for part in parts).columns
+    found = describe.merged([describe.describe(part) for part in parts]).columns
     table = pa.concat_tables(parts)
     for name, column in found.items():
         cells = table[name].drop_null().to_pylist()
@@ -69,7 +69,7 @@ def test_many_values_are_counted_within_some_percent_and_the_same_by_any_cut() -
     values = rng.integers(0, 50_000, 200_000)
     table = pa.table({"n": values, "x": values * 0.5, "t": pa.array(values).cast(pa.string())})
     whole = describe.describe(table).columns
-    cut = describe.merged(describe.describe(table.slice(at, 30_000)) for at in range(0, 200_000, 30_000)).columns
+    cut = describe.merged([describe.describe(table.slice(at, 30_000)) for at in range(0, 200_000, 30_000)]).columns
     exact = pd.Series(values).nunique()
     for name in table.column_names:
         assert whole[name].sketch == cut[name].sketch

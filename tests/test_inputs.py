@@ -9,27 +9,14 @@ import pytest
 
 from raylway.data import csv_read, inputs
 from raylway.errors import UserError
-from raylway.features.learnt import CategoricalFeature, NumericFeature, Target
 from raylway.features.prepared import LINE_BITS
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import Transform
 
 SIGNATURE = Signature(
     "classification",
     "y",
-    [Input("n", "number", True), Input("store", "category", True), Input("word", "category", False)],
+    [Input("n", "number", True), Input("store", "category", True, "number"), Input("word", "category", False)],
     ["a", "b"],
-)
-TRANSFORM = Transform(
-    {},
-    [NumericFeature("n", "n", "", 0.0, 1.0, 0.0, 1.0, "standard", 0.0, 1.0, [], [], 0.0, False)],
-    [
-        CategoricalFeature("store", "store", "", ["1", "2"], ["10"], "1", False, False),
-        CategoricalFeature("word", "word", "", ["1.0", "NA", "x"], [], "x", False, False),
-    ],
-    Target("y", "classification", ["a", "b"], 0.0, 1.0),
-    [],
-    True,
 )
 
 
@@ -38,7 +25,7 @@ def read(path):
     blocks = []
     opened = inputs.opened(str(path), SIGNATURE)
     for item in opened.items(is_cut=True):
-        blocks += inputs.read(item, SIGNATURE, TRANSFORM)
+        blocks += inputs.read(item, SIGNATURE, opened.how)
     lines = np.concatenate([np.zeros(0, np.uint64), *(block.row_ids for block in blocks)]) % (1 << LINE_BITS)
     return (
         [row for block in blocks for row in block.table.to_pylist()],

@@ -46,7 +46,7 @@ def test_the_keys_are_these() -> None:
         format name seed storage task
         data data.source
         data.read data.read.format data.read.delimiter data.read.quote data.read.encoding
-        data.read.columns
+        data.read.columns data.read.decimal data.read.missing
         data.target data.derive
         data.features data.features.numeric data.features.categorical data.features.date data.features.drop
         data.transform data.transform.scale data.transform.impute data.transform.indicator data.transform.bins

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from commands import REPOSITORY, environment, raylway
 from sklearn import metrics
+from sklearn.datasets import load_digits
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -78,3 +80,51 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_bits(tmp_pat
         lines = [json.loads(line) for line in next(folder.glob("*/metrics.jsonl")).read_text().splitlines()]
         steps.append([line["step"] for line in lines if line["kind"] == "step"])
     assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
+
+
+def verified(folder: Path, model: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """`raylway verify-resume` of a small job, and what it found."""
+    digits = load_digits(as_frame=True).frame
+    digits.to_csv(folder / "rows.csv", index=False)
+    (folder / "job.yaml").write_text(
+        f"name: verified\ndata: {{source: rows.csv, target: target, features: {{categorical: [pixel_0_1]}}}}\n"
+        f"model: {model}\ntrain: {{for: 60 epochs, global_batch: 32, {', '.join(more)}}}\n"
+    )
+    done = raylway("verify-resume", "job.yaml", "--kills", "2", "--seed", "7", "--json", folder=folder, timeout=900)
+    return done, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_is_shown_to_resume_exactly(tmp_path: Path, workers: int) -> None:
+    done, found = verified(tmp_path, "{kind: mlp, hidden: [16], dropout: 0.3}", f"workers: {workers}")
+    assert done.returncode == 0, done.stderr
+    assert len(found["kills"]) == 2
+    assert all(kill["aimed_at"] <= kill["step"] < found["steps"] for kill in found["kills"])
+    assert any(kill["resumed_from"] for kill in found["kills"])
+    counts = {each["what"]: (each["count"], each["different"]) for each in found["compared"]}
+    assert counts["losses"] == counts["global batches"] == (found["steps"], 0)
+    assert counts["weights"][0] and counts["optimizer's tensors"][0]
+    assert not any(each["different"] for each in found["compared"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared"]
+
+
+def test_a_model_with_random_numbers_of_its_own_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "loose.py").write_text(LOOSE)
+    done, found = verified(tmp_path, '{kind: "loose:build"}')
+    assert done.returncode == 1, done.stderr
+    different = {each["what"]: each["different"] for each in found["compared"]}
+    assert different["global batches"] == different["steps, each once"] == 0
+    assert different["losses"] and different["weights"]
+
+
+LOOSE = """
+import os
+import torch
+
+class Loose(torch.nn.Linear):
+    def forward(self, numeric, categorical):
+        return super().forward(numeric) * (1 + os.urandom(1)[0] / 1000)
+
+def build(num_numeric, category_counts, num_outputs):
+    return Loose(num_numeric, num_outputs)
+"""

@@ -6,12 +6,6 @@ import csv
 import gzip
 import io
 import json
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +14,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from commands import environment, raylway
+from commands import raylway
 from made import made
 from made_prepared import make, make_run
+from stores import Bucket
+from web_server import Web
 
 from raylway.bundle.predictor import Predictor, shortest
-from raylway.data import csv_read, remote
+from raylway.data import csv_read
 from raylway.errors import UserError
 from raylway.job.load import load_job
 from raylway.predict import predict as predicting
@@ -47,7 +43,11 @@ def typed(frame: pd.DataFrame) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("predict")
+    return trained(tmp_path_factory.mktemp("predict"))
+
+
+def trained(folder: Path) -> Run:
+    """A run that tells ripe fruit, those longer than 10."""
     table = typed(rows(200))
     table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
     splits = {"train": table, "validation": table.slice(0, 2), "test": table.slice(2, 2)}
@@ -93,6 +93,11 @@ def test_rows_without_an_answer_are_listed_beside_the_answers(run: Run, tmp_path
     assert "'oops' is no finite number" in refused[0]["reason"]
     assert (done.answered, done.rejected) == (2, 5)
     assert [row.line for row in done.first] == [row["line"] for row in refused]
+    whole = (tmp_path / "answers.jsonl").read_bytes()
+    with pytest.raises(UserError, match="the file is there already"):
+        predict(run, tmp_path / "new.csv", tmp_path / "answers.jsonl")
+    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+    (tmp_path / "answers.jsonl").unlink()  # as if killed between the two
     (tmp_path / "new.csv").write_text("length,colour\n1,red\n")
     predict(run, tmp_path / "new.csv", tmp_path / "answers.jsonl")
     assert not (tmp_path / "answers.jsonl.rejects.jsonl").exists()
@@ -117,7 +122,8 @@ def test_a_folder_of_several_formats_of_output(run: Run, tmp_path: Path, monkeyp
     for place in range(3):
         part = frame.iloc[place * 100 : place * 100 + 100]
         part.to_csv(tmp_path / "in" / f"{place}.csv.gz", index=False)
-    (tmp_path / "in" / "empty.csv").write_bytes(b"")
+    for name, content in (("empty.csv", b""), ("blank.csv", b"\n\n"), ("empty.csv.gz", gzip.compress(b""))):
+        (tmp_path / "in" / name).write_bytes(content)
     (tmp_path / "in" / "z.csv").write_text("colour,length\nred,oops\n")
     done = predict(run, tmp_path / "in", f"{tmp_path}/out/", "csv")
     assert (done.answered, done.rejected) == (300, 1)
@@ -141,8 +147,9 @@ def test_a_source_without_rows_gives_an_empty_answer(run: Run, tmp_path: Path, e
     pq.ParquetWriter(tmp_path / "none.parquet", pa.schema({"length": pa.float64(), "colour": pa.string()})).close()
     (tmp_path / "none.csv").write_text("length,colour\n")
     for source in ("none.parquet", "none.csv"):
-        assert predict(run, tmp_path / source, tmp_path / f"answers.{ending}").answered == 0
-        content = (tmp_path / f"answers.{ending}").read_bytes()
+        answers = tmp_path / f"answers to {source}.{ending}"
+        assert predict(run, tmp_path / source, answers).answered == 0
+        content = answers.read_bytes()
         if ending == "csv":
             assert list(csv.reader([content.decode()])) == [["row_id", "file", "line", "prediction", "p_no", "p_yes"]]
         elif ending == "parquet":
@@ -194,71 +201,39 @@ def test_ray_gives_the_same_bytes(run: Run, tmp_path: Path, ray_session: None, m
     assert not (tmp_path / "cut.csv").exists()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pafs.FileSystem]:
-    """A real S3 server with a bucket `made`, named by the environment as a user would."""
-    folder = tmp_path_factory.mktemp("store")
-    ports = {}
-    for name in ("s3", "master", "volume", "filer"):
-        while ports.get(name, 60_000) > 50_000:  # weed also takes each port + 10,000
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                ports[name] = probe.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    weed = Path(sys.executable).with_name("weed")
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [f"-{name}.port={port}" for name, port in ports.items()]
-    remote.system.cache_clear()
-    with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
-        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"}.items():
-            patch.setenv(key, value)
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            yield _with_bucket(f"127.0.0.1:{ports['s3']}")
-        finally:
-            server.terminate()
-            server.wait(20)
-            remote.system.cache_clear()
-
-
-def _with_bucket(endpoint: str) -> pafs.FileSystem:
-    system = pafs.S3FileSystem(
-        endpoint_override=endpoint, scheme="http", allow_bucket_creation=True, connect_timeout=2, request_timeout=5
-    )
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            system.create_dir("made")
-            return system
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-
-def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, store: pafs.FileSystem) -> None:
+def test_a_bucket_gets_the_same_bytes(run: Run, tmp_path: Path, bucket: Bucket) -> None:
     (tmp_path / "new.csv").write_text(BAD)
-
-    def content(path: str) -> bytes:
-        with store.open_input_stream(path) as stream:
-            return stream.read()
-
     predict(run, tmp_path / "new.csv", tmp_path / "a.csv")
-    predict(run, tmp_path / "new.csv", "s3://made/a.csv")
+    predict(run, tmp_path / "new.csv", bucket.address("made/a.csv"))
     for ending in ("", ".rejects.jsonl"):
-        assert content(f"made/a.csv{ending}") == (tmp_path / f"a.csv{ending}").read_bytes()
-    with store.open_output_stream("made/out/part-00007.csv") as stream:
-        stream.write(b"left by one that was killed")
+        assert bucket.read(f"made/a.csv{ending}") == (tmp_path / f"a.csv{ending}").read_bytes()
+    bucket.write("made/out/part-00007.csv", b"left by one that was killed")
     predict(run, tmp_path / "new.csv", f"{tmp_path}/out", "csv")
-    predict(run, tmp_path / "new.csv", "s3://made/out", "csv")
-    listed = store.get_file_info(pafs.FileSelector("made/out"))
-    assert sorted(each.base_name for each in listed) == ["_SUCCESS", "part-00000.csv", "rejects.jsonl"]
-    assert all(content(each.path) == (tmp_path / "out" / each.base_name).read_bytes() for each in listed)
-    with pytest.raises(UserError, match="the folder is there already"):
-        predict(run, tmp_path / "new.csv", "s3://made/out/")
-    with store.open_output_stream("made/in/new.csv") as stream:
-        stream.write(BAD.encode())
-    assert predict(run, "s3://made/in/", tmp_path / "b.csv").rejected == 5
-    assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == ["s3://made/in/new.csv"]
+    predict(run, tmp_path / "new.csv", bucket.address("made/out"), "csv")
+    listed = [each.base_name for each in bucket.files.get_file_info(pafs.FileSelector("rows/made/out"))]
+    assert sorted(listed) == ["_SUCCESS", "part-00000.csv", "rejects.jsonl"]
+    assert all(bucket.read(f"made/out/{name}") == (tmp_path / "out" / name).read_bytes() for name in listed)
+    for place in ("made/out/", "made/a.csv"):
+        with pytest.raises(UserError, match="is there already"):
+            predict(run, tmp_path / "new.csv", bucket.address(place))
+    bucket.write("made/in/new.csv", BAD.encode())
+    assert predict(run, bucket.address("made/in/"), tmp_path / "b.csv").rejected == 5
+    assert pd.read_csv(tmp_path / "b.csv")["file"].unique() == [bucket.address("made/in/new.csv")]
+
+
+def test_a_web_server_is_read_as_the_disk_is(run: Run, tmp_path: Path, web: Web) -> None:
+    frame = rows(300, 9)
+    (tmp_path / "new.csv").write_text(frame.to_csv(index=False) + "oops,red\n")
+    frame.to_parquet(tmp_path / "new.parquet", row_group_size=100)
+    for name in ("new.csv", "new.parquet"):
+        here, there = tmp_path / "here.csv", tmp_path / "there.csv"
+        predict(run, tmp_path / name, here)
+        address = web.put(f"a b/{name}", (tmp_path / name).read_bytes())
+        assert predict(run, address, there).rejected == (name == "new.csv")
+        local = here.read_text()
+        assert there.read_text() == local.replace(str(tmp_path / name), address)
+    with pytest.raises(UserError, match="can't be written there"):
+        predict(run, address, f"{web.address}/answers.csv")
 
 
 def test_other_formats_are_answered_alike(run: Run, tmp_path: Path) -> None:
@@ -285,19 +260,3 @@ def test_the_command_and_its_exit_codes(run: Run, tmp_path: Path) -> None:
     assert written.returncode == 1
     assert "2 rows answered: a.parquet" in written.stderr
     assert "a.parquet.rejects.jsonl says why" in written.stderr
-
-
-def test_killed_it_leaves_nothing_under_the_final_name(run: Run, tmp_path: Path) -> None:
-    rows(700_000, 6).to_csv(tmp_path / "new.csv", index=False, float_format="%.6f")
-    command = [sys.executable, "-m", "raylway", "predict", str(run.folder), "new.csv", "-o", "answers.csv"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob(".staging-*/.*")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("answers")]
-    (tmp_path / "new.csv").write_text("length,colour\n1,red\n")
-    assert raylway("predict", run.folder, "new.csv", "-o", "answers.csv", folder=tmp_path).returncode == 0
-    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 2

@@ -74,6 +74,38 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeyp
     assert found == expected
 
 
+ONE_CPU = """
+    import os, sys
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    from pathlib import Path
+    from raylway.data import csv_read, engine, prepare
+    from raylway.job.load import load_job
+    from raylway.runs.progress import Reporter
+    csv_read.RANGE_BYTES, folder = 2_000, Path(sys.argv[1])
+    prepare.prepare(load_job(folder / "job.yaml"), folder / "runs", Reporter("lines"), engine.ALL)
+"""
+
+
+def test_one_cpu_four_and_any_order_of_the_files_give_the_same_bytes(tmp_path, monkeypatch):
+    names = [f"in/part-{index}.csv" for index in range(4)]
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    monkeypatch.setattr(engine, "FEW", engine.ALL)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    expected = {}
+    for name, data in (("list", DATA | {"source": names}), ("folder", DATA)):
+        expected[name] = contents(prepared(place(tmp_path, name), data).folder)
+    one = place(tmp_path, "one")
+    (one / "job.yaml").write_text(json.dumps({"name": "made", "data": DATA | {"source": [*names[::-1], names[2]]}}))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(ONE_CPU), str(one)], check=True)
+    (folder,) = (path.parent for path in (one / "runs" / "prepared").glob("*/manifest.json"))
+    assert contents(folder) == expected["list"]
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: iter(list(listed(path, pattern))[::-1]))
+    assert contents(prepared(place(tmp_path, "backwards"), DATA).folder) == expected["folder"]
+    shards = [{name: found for name, found in each.items() if name != "manifest.json"} for each in expected.values()]
+    assert len(shards[0]) > 20 and shards[0] == shards[1]
+
+
 SCRIPT = """
     import io, sys, time
     from pathlib import Path
@@ -133,9 +165,14 @@ def test_pieces_go_when_nobody_names_them(tmp_path, monkeypatch):
     kept = folder / "runs" / "prepared" / pieces.FOLDER
     keys = {path.name for path in kept.iterdir() if path.is_dir()}
     assert keys == set(json.loads((first.folder / pieces.USED).read_text()))
-    stray = kept / "0123"
+    stray, cut = kept / "0123", kept / min(keys) / ".cut"
     stray.mkdir()
+    cut.touch()
+    with pieces.in_use(kept.parent):
+        pieces.sweep(kept.parent, [])
+    assert cut.exists()  # it may be written just now
     pieces.sweep(kept.parent, [])
+    assert not cut.exists()
     assert stray.exists()  # a killed preparation may still want it
     os.utime(stray, (0, 0))
     for key in keys:
@@ -165,4 +202,4 @@ def test_a_failure_in_a_task_reaches_the_driver_from_threads_and_from_ray(monkey
 
     for few in (10, 0):
         with pytest.raises(UserError, match="here: the made mistake"):
-            engine.run(fail, [Location("here", "/")] * 3, Location, few=few)
+            list(engine.run(fail, [Location("here", "/")] * 3, Location, few=few))

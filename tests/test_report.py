@@ -193,7 +193,7 @@ def test_the_leak_test_and_the_warnings_stand_where_they_are_seen(tmp_path: Path
     assert "1 warning column 'x' is <constant>" in text
     assert (
         "✓ Read back from the shards, of 400 rows: no row stands on two sides, no kept row is in no shard, "
-        "no content of rows is on two sides and no group is on two sides" in text
+        "no row of a shard is no kept row, no content of rows is on two sides and no group is on two sides" in text
     )
     assert "leak test failed" not in text
     prepared.manifest = msgspec.structs.replace(prepared.manifest, leak_test=bad)

@@ -23,7 +23,7 @@ SIGNATURE = Signature(
         Input("length", "number", True),
         Input("my colour", "category", True),
         Input("width", "number", False),
-        Input("store", "category", False),
+        Input("store", "category", False, "number"),
     ],
     ["no", "yes"],
 )
@@ -79,7 +79,7 @@ def test_no_rows_are_no_mistake() -> None:
     assert len(read([])) == len(read([], "data")) == 0
 
 
-@pytest.mark.parametrize("value", [1, 1.0, "1"])
+@pytest.mark.parametrize("value", [1, 1.0, "1", "1.0", " 1", "+1"])
 def test_one_store_however_it_is_written(value: Any) -> None:
     assert read([GOOD | {"store": value}]).texts()[1].to_pylist() == ["1"]
 
@@ -87,7 +87,47 @@ def test_one_store_however_it_is_written(value: Any) -> None:
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False), min_size=1))
 def test_category_texts_are_those_of_preparation(values: list[Any]) -> None:
     found = read([GOOD | {"store": value} for value in values]).texts()[1].to_pylist()
-    assert found == [canonical_text(pa.array([value]))[0].as_py() for value in values]
+    as_texts = read([GOOD | {"store": str(value)} for value in values]).texts()[1].to_pylist()
+    assert as_texts == found == [canonical_text(pa.array([value]))[0].as_py() for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "names"),
+    [
+        ("text", ["NA", " 1", "1.0", 1.0, "True", True], ["NA", " 1", "1.0", "1", "True", "true"]),
+        ("number", ["NA", "null", " ", "x", "2.50", True], [None, None, None, "x", "2.5", "true"]),
+        ("boolean", ["NA", "True", " FALSE", True, 1, "yes"], [None, "true", "false", "true", "1", "yes"]),
+    ],
+)
+def test_texts_mean_what_they_mean_in_files(values: Any, cells: list[Any], names: list[str | None]) -> None:
+    reader = RowReader(Signature("regression", "y", [Input("c", "category", False, values)], []))
+    for form, rows in (
+        ("rows", [{"c": cell} for cell in [*cells, "", None]]),
+        ("data", [[c] for c in [*cells, "", None]]),
+    ):
+        found = reader.read(json.dumps({form: rows}).encode())[1]
+        assert found.texts()[0].to_pylist() == [*names, None, None]
+    strict = RowReader(Signature("regression", "y", [Input("c", "category", True, values)], []))
+    empty = [place for place, name in enumerate([*names, None]) if name is None]
+    with pytest.raises(InvalidRows) as caught:
+        strict.read(json.dumps({"rows": [{"c": cell} for cell in [*cells, ""]]}).encode())
+    assert [(each.row, "empty cell" in each.reason) for each in caught.value.problems] == [(at, True) for at in empty]
+
+
+@pytest.mark.parametrize("cell", ["inf", "-Infinity", "1e999"])
+def test_an_infinite_number_is_refused_as_a_category_too(cell: str) -> None:
+    reader = RowReader(Signature("regression", "y", [Input("c", "category", False, "number")], []))
+    for content in (json.dumps({"rows": [{"c": cell}]}), '{"rows": [{"c": 1e999}]}'):
+        with pytest.raises(InvalidRows) as caught:
+            reader.read(content.encode())
+        assert caught.value.problems[0].reason == "is not a finite number"
+
+
+def test_a_date_that_is_not_there() -> None:
+    reader = RowReader(Signature("regression", "y", [Input("d", "date", False)], []))
+    cells = ["2013-01-01", "", "NA", None]
+    found = reader.read(json.dumps({"rows": [{"d": cell} for cell in cells]}).encode())[1]
+    assert found.texts()[0].to_pylist() == ["2013-01-01", None, None, None]
 
 
 @given(st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False))
@@ -114,7 +154,7 @@ ROWS = st.one_of(
 
 def fits(each: Input, value: Any) -> bool:
     """The rule in the words of the documents."""
-    if value is None:
+    if value is None or (value == "" and each.type == "category"):
         return not each.required
     if each.type == "number":
         return type(value) in (int, float)

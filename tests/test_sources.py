@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -146,6 +147,22 @@ def test_what_a_mistake_in_the_data_gets(tmp_path, text, top, words):
     assert all(word in shown for word in words), shown
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps([{"a": 1, "y": "p"}, {"a": 2, "y": "q"}], indent=1), ["rows.jsonl:1", "the line is not JSON"]),
+        ('\n[{"a": 1, "y": "p"}, {"a": 2, "y": "q"}]\n', ["rows.jsonl:2", "no JSON object"]),
+        ("a,y\n1,p\n", ["rows.jsonl:1", "not JSON", "a,y"]),
+    ],
+)
+def test_other_json_than_lines_of_objects_is_told_by_its_line(tmp_path, text, words):
+    (tmp_path / "rows.jsonl").write_text(text)
+    shown = refusal(tmp_path, {"source": "rows.jsonl", "target": "y"})
+    assert all(word in shown for word in [*words, "on each line one object", "lines=True"]), shown
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    assert "no rows to train on" in refusal(tmp_path, {"source": "rows.jsonl", "target": "y"})
+
+
 def test_a_target_without_a_value_is_told_so(tmp_path):
     (tmp_path / "rows.csv").write_text("a,y\n1,\n2,\n")
     shown = refusal(tmp_path, {"source": "rows.csv", "target": "y", "clean": {"missing": "impute"}})
@@ -199,7 +216,8 @@ def test_where_the_job_imputes_every_input_may_be_empty(tmp_path):
         def count(divided, codes):
             return [assessment.counted(rows, one, codes[0], divided, divided.exceptions)]
 
-        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, outcome.Pieces([one], [rows], count))
+        every = outcome.Pieces([one], assessment.columns_of([one]), [rows], count)
+        found = outcome.conclude(loaded, source, names, rules, piece.facts.seen, every)
         return [each.name for each in found.signature.inputs if not each.required]
 
     assert optional(missing="impute") == ["text", "gaps", "number", "wild", "whole"]

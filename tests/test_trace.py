@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,19 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 from typer.testing import CliRunner
 
 from raylway import cli
-from raylway.data import prepare, trace
+from raylway.data import leaks, prepare, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
-from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared
+from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared, Shard
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
-
-pytestmark = pytest.mark.usefixtures("ray_session")
+from raylway.runs.run import Run
 
 TEXT = 'size,note,answer\n1.5,"two\nlines",yes\nx,a,no\n,b,no\n'
 
@@ -90,13 +94,98 @@ def test_each_row_of_a_parquet_file_is_found(tmp_path: Path) -> None:
         assert found.by_line is False and f"rows.parquet, row {at + 1}" in trace.as_text(found)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_quarantined_row_of_a_parquet_file_is_found_by_its_group(tmp_path: Path, ending: str) -> None:
+    bad = [0, 29, 31, 70, 79]
+    frame = rows().astype({"size": str})
+    frame.loc[bad, "size"] = [f"bad {at}" for at in bad]
+    table = pa.Table.from_pandas(frame)
+    file = tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, file, row_group_size=30)
+    else:
+        with pa.ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=30)
+    loaded = job(tmp_path, f"rows.{ending}", features={"numeric": ["size"]}, clean={"max_invalid": "20%"})
+    prepared = made(tmp_path, loaded)
+    found = trace.quarantined(prepared.folder, 20)
+    assert [(row["line"] - 1, row["cell"]) for row in found.rows] == [(at, f"bad {at}") for at in bad]
+    for row in found.rows:
+        if ending == "parquet":
+            group = pq.ParquetFile(file).read_row_group(row["row_group"])
+        else:
+            group = pa.Table.from_batches([pa.ipc.open_file(str(file)).get_batch(row["row_group"])])
+        assert group["size"][row["row"]].as_py() == row["cell"]
+        shown = trace.trace(prepared, loaded, str(row["row_id"]), None)
+        assert shown.fate == "quarantined: column 'size': no number" and shown.record["size"] == row["cell"]
+    assert f"rows.{ending}, row 32 (row group 1, row 1 in it), column 'size': no number" in trace.quarantine_text(
+        found, 0
+    )
+
+
+FORMATS = ["csv", "csv.gz", "csv.bz2", "csv.zst", "zip", "jsonl", "jsonl.gz", "txt", "arrow", "year=1/rows.csv"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_kept_row_of_every_format_is_found(tmp_path: Path, name: str) -> None:
+    frame = rows()
+    source, data = write(tmp_path, name, frame)
+    loaded = job(tmp_path, source, **data)
+    prepared = made(tmp_path, loaded)
+    records = []
+    for split in SPLITS:
+        for row in prepared.rows(split).take(np.arange(len(prepared.rows(split))))[3].tolist():
+            found = trace.trace(prepared, loaded, str(row), None)
+            assert found.side == split
+            assert trace.trace(prepared, loaded, f"{found.file}:{found.line}", None).row_id == row
+            records.append((row, found.record))
+    assert len(records) == len(frame) == prepared.manifest.account.kept
+    records.sort()
+    if name == "txt":
+        assert [record["text"] for _, record in records] == [f"line {at}" for at in range(len(frame))]
+    else:
+        assert [float(record["size"]) for _, record in records] == frame["size"].tolist()
+        assert [record["note"] for _, record in records] == frame["note"].tolist()
+
+
+def write(folder: Path, name: str, frame: pd.DataFrame) -> tuple[str, dict[str, Any]]:
+    """A file of this name, the source that names it, and what else the job says."""
+    texts = {"csv": frame.to_csv(index=False), "jsonl": frame.to_json(orient="records", lines=True)}
+    packers = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda text: pa.compress(text, "zstd", asbytes=True)}
+    path = folder / (name if "/" in name else f"rows.{name}")
+    kind, _, packed = name.partition(".")
+    if name == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("one.csv", frame[:30].to_csv(index=False))
+            archive.writestr("sub/two.csv", frame[30:].to_csv(index=False))
+    elif name == "arrow":
+        feather.write_feather(frame, path)
+    elif name == "txt":
+        for answer, some in (("no", range(40)), ("yes", range(40, 80))):
+            (folder / "in" / f"answer={answer}").mkdir(parents=True)
+            (folder / "in" / f"answer={answer}" / "a.txt").write_text("".join(f"line {at}\n" for at in some))
+        return "in", {"features": {"categorical": ["text"]}}
+    elif "/" in name:
+        path.parent.mkdir()
+        path.write_text(texts["csv"])
+        return name, {}
+    else:
+        content = texts[kind].encode()
+        path.write_bytes(packers[packed](content) if packed else content)
+    return path.name, {}
+
+
 def test_what_names_no_row(tmp_path: Path) -> None:
     loaded = csv(tmp_path)
     prepared = made(tmp_path, loaded)
     with pytest.raises(UserError, match="there is no such row id"):
         trace.trace(prepared, loaded, str(1 << LINE_BITS), None)
-    with pytest.raises(UserError, match="this does not name one row"):
-        trace.trace(prepared, loaded, "others.csv:2", None)
+    for name in ("others.csv:2", "csv:2", ":2", "rows.csv", "rows.csv:", "", "-2", " 2", "2.0", "²", "rows.csv:²"):
+        with pytest.raises(UserError, match="this does not name one row"):
+            trace.trace(prepared, loaded, name, None)
+    for name in (f"rows.csv:{1 << LINE_BITS}", f"rows.csv:{'9' * 39}", "9" * 5_000):
+        with pytest.raises(UserError, match="this does not name one row"):
+            trace.trace(prepared, loaded, name, None)
     with pytest.raises(UserError, match="no record begins there"):
         trace.trace(prepared, loaded, "rows.csv:3", None)
     with pytest.raises(UserError, match="no record begins there"):
@@ -152,7 +241,7 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     hashes = np.stack([ids * np.uint64(0x9E3779B97F4A7C15), ids], axis=1)
 
     def broken(contents: Contents) -> LeakTest:
-        return leak_test(prepared.folder, manifest.shards, len(ids), [contents])
+        return leak_test(prepared.folder, manifest.shards, len(ids), [lambda: contents])
 
     assert broken(Contents(ids, hashes)).passed
     equal = hashes.copy()
@@ -173,7 +262,58 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     assert broken(Contents(more, np.append(hashes, hashes[-1:] + np.uint64(1), axis=0))).unplaced == 1
     (first,) = prepared.shards("test")
     twice = [*manifest.shards, msgspec.structs.replace(first, split="train")]
-    assert leak_test(prepared.folder, twice, len(ids), [Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+    assert (
+        leak_test(prepared.folder, twice, len(ids), [lambda: Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "words"),
+    [
+        ("copy", "1 row stands on two sides"),
+        ("rename", "1 row of a shard is no kept row"),
+        ("repeat", "1 row of a shard is no kept row"),
+        ("lose", "1 kept row is in no shard"),
+        ("equal", "1 content of rows is on two sides"),
+    ],
+)
+def test_a_preparation_that_leaks_is_told_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sabotage: str, words: str
+) -> None:
+    """The written shards are spoilt before the leak test reads them, as a mistake of ours would."""
+    real = leaks.leak_test
+
+    def spoilt(folder: Path, shards: list[Shard], kept: int, parts: Any) -> LeakTest:
+        by_side = {shard.split: folder / shard.file for shard in shards}
+        train, test = (pa.ipc.open_file(str(by_side[side])).read_all() for side in ("train", "test"))
+        if sabotage in ("copy", "repeat"):
+            train = pa.concat_tables([train, (test if sabotage == "copy" else train).slice(0, 1)])
+        elif sabotage == "rename":
+            foreign = pa.array([1 << LINE_BITS], pa.uint64())
+            train = pa.concat_tables([train, test.slice(0, 1).set_column(3, test.schema.field(3), foreign)])
+        elif sabotage == "lose":
+            train = train.slice(1)
+        else:  # a row of the source that equals a test row goes to training
+            (contents,) = (part() for part in parts)
+            at = {int(row): place for place, row in enumerate(contents.row_ids)}
+            places = [at[table["row_id"][0].as_py()] for table in (train, test)]
+            contents.hashes[places[0]] = contents.hashes[places[1]]
+            parts = [lambda: contents]
+        with pa.ipc.new_file(str(by_side["train"]), train.schema) as writer:
+            writer.write_table(train)
+        return real(folder, shards, kept, parts)
+
+    monkeypatch.setattr(leaks, "leak_test", spoilt)
+    loaded = csv(tmp_path)
+    prepared = made(tmp_path, loaded)
+    assert prepared.manifest.leak_test is not None and not prepared.manifest.leak_test.passed
+    run = Run(tmp_path / "runs" / "made" / "0123456789ab")
+    run.create(loaded, prepared.manifest.fingerprint)
+    shown = CliRunner().invoke(cli.app, ["report", str(run.folder)])
+    assert shown.exit_code == 0, shown.output
+    page = run.report.read_text()
+    assert f"✗ Read back from the shards, of {prepared.manifest.account.kept} rows: {words}<" in page
+    assert "The leak test failed: what was measured on the test rows can" in page
 
 
 def test_the_profile_is_of_the_columns_and_in_the_manifest(tmp_path: Path) -> None:

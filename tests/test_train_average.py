@@ -118,3 +118,28 @@ def test_a_checkpoint_without_an_average_does_not_fit_a_job_with_one(tmp_path: P
     error = report.failure.as_error()
     assert isinstance(error, UserError)
     assert "train.optimizer.ema" in str(error)
+
+
+@pytest.mark.parametrize("way", ["shard", "tensor", "pipeline"])
+def test_parts_of_a_model_have_parts_of_its_average(tmp_path: Path, way: str) -> None:
+    """Two workers that hold a model together, against one that holds it alone; each goes on from the other's."""
+    prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
+    whole, divided = (averaged(tmp_path / name, prepared, microbatch=2) for name in ("whole", "divided"))
+    divided.train["parallel"] = {way: 2}
+    whole.model = divided.model = {"hidden": [8, 6], "dropout": 0}
+    expected, found = ranks.done(whole, 1), ranks.done(divided, 2)
+    same(divided, found, whole, expected)
+    for one, other, workers in ((whole, divided, 2), (divided, whole, 1)):
+        again = averaged(tmp_path / f"again-{workers}", prepared)
+        shutil.copytree(one.folder, again.folder)
+        for step in range(9, 19):
+            shutil.rmtree(again.run.checkpoints / f"step-{step:08d}-a001")
+        again.train, again.model = other.train, other.model
+        same(again, ranks.done(again, workers), whole, expected)
+
+
+def same(one: ranks.Case, report: Any, other: ranks.Case, expected: Any) -> None:
+    assert report.best_value == pytest.approx(expected.best_value, rel=1e-4)
+    weights = other.weights(expected.last_checkpoint)
+    for name, value in one.weights(report.last_checkpoint).items():
+        np.testing.assert_allclose(value, weights[name], rtol=0, atol=1e-5)

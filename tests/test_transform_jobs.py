@@ -239,4 +239,10 @@ def test_a_column_of_which_every_cell_is_a_date_is_one(tmp_path: Path) -> None:
     assert listed.date == [] and "when" in listed.categorical
     table.loc[11, "when"] = "2013-02-30"
     found = sources.sample(write(tmp_path, data, table))
+    assert found.date == ["when"] and any(
+        "1 cell that is none makes its row invalid" in text for text in found.decisions
+    )
+    table.loc[11::20, "when"] = "2013-02-30"
+    found = sources.sample(write(tmp_path, data, table))
     assert found.date == [] and any("'when' is no feature" in text for text in found.decisions)
+    assert any("column 'when' is text: " in text and "cells are no dates (first" in text for text in found.decisions)

@@ -75,6 +75,24 @@ def evaluate(job: JobFile, set_: Overrides = None, json_: Json = False) -> None:
     _stages(job, set_, json_, "evaluate")
 
 
+@app.command("verify-resume")
+def verify_resume(
+    job: JobFile,
+    kills: Annotated[int, typer.Option(min=1, max=100, help="How often the second training is killed.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="Of the steps at which it is; drawn if left out.")] = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Train once whole and once killed at random steps, and compare both bit for bit; exits 1 on any difference."""
+    from raylway.job.load import load_job
+    from raylway.launch.verify import verify_resume as verify
+
+    found = verify(load_job(job, set_ or ()), job, set_ or [], kills, seed, _reporter(json_))
+    print(_as_json(found) if json_ else found.as_text())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def report(run: RunName, storage: Storage = Path("runs")) -> None:
     """Write a run's report.html anew and print where it is."""
@@ -152,7 +170,7 @@ def drift(
     of_run = find_run(storage, run, with_bundle=True)
     found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
     print(_as_json(found) if json_ else as_text(found))
-    if found.is_past_limits:
+    if found.drifted:
         raise typer.Exit(1)
 
 

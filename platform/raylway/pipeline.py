@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raylway.features.prepared import Prepared
     from raylway.launch.capacity import Capacity
 
-_FREE_TO_CHANGE: Any = {"storage": True, "serve": True, "train": {"workers", "resources", "checkpoint"}}
+_FREE_TO_CHANGE: Any = {"storage": True, "serve": True, "train": {"workers", "resources", "parallel", "checkpoint"}}
 """Keys that may differ between two starts of one run: they change where and how it runs, not its result's meaning."""
 
 

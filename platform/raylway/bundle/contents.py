@@ -28,7 +28,7 @@ from raylway.models.registry import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2
+FORMAT = 3
 RECORD = "bundle.json"
 WEIGHTS = "model.safetensors"
 EXAMPLES = "examples.json"

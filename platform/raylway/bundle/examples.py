@@ -1,7 +1,7 @@
 """Made-up rows with a model's answers: serving checks itself against them, and the documents show them.
 
-The rows follow from the signature and the fitted transform alone (means, ranges, categories); no row of anybody's data
-is among them.
+The rows follow from the signature and the fitted transform alone (means, ranges, categories, shapes of other texts); no
+row of anybody's data is among them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import numpy as np
 from raylway import storage
 from raylway.bundle.contents import EXAMPLES
 from raylway.bundle.predictor import Predictor
-from raylway.bundle.rows import RowReader
+from raylway.bundle.rows import RowReader, Rows
 from raylway.errors import RunFailed
 from raylway.features import dates
-from raylway.features.signature import Input, Signature
+from raylway.features.signature import Input
 from raylway.features.transform import Transform
 
 NUM_ROWS = 8
+_MOST_DRAWN = 64
+"""A function of the user's may have no value for some made-up rows; so many are tried."""
 _TOLERANCE = 1e-3
 """For probabilities, and for values in spreads of the target. On the machine that made them answers are equal to the
 last bit; another processor may round otherwise, a wrong model or transform differs in the first digits."""
@@ -34,10 +36,15 @@ class Examples(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each row the probabilities of the classes, or the value."""
 
 
-def rows(signature: Signature, transform: Transform) -> list[dict[str, Any]]:
-    """`NUM_ROWS` rows that the signature accepts; the first is the most ordinary one."""
+def rows(predictor: Predictor) -> list[dict[str, Any]]:
+    """`NUM_ROWS` rows that the model answers, the most ordinary one first; fewer, or none, if the user's functions have
+    no value for what is made up."""
     rng = np.random.default_rng(0)
-    return [{each.name: _value(each, transform, place, rng) for each in signature.inputs} for place in range(NUM_ROWS)]
+    signature, transform = predictor.signature, predictor.bundle.record.transform
+    places = range(_MOST_DRAWN)
+    made = [{each.name: _value(each, transform, place, rng) for each in signature.inputs} for place in places]
+    reasons = predictor.unanswerable(_read(predictor, made).table(signature))
+    return [row for row, reason in zip(made, reasons, strict=True) if reason is None][:NUM_ROWS]
 
 
 def write(folder: Path, predictor: Predictor) -> None:
@@ -46,7 +53,7 @@ def write(folder: Path, predictor: Predictor) -> None:
     Raises:
         NotFinite: An answer is not a finite number.
     """
-    made = rows(predictor.signature, predictor.bundle.record.transform)
+    made = rows(predictor)
     storage.write_record(folder / EXAMPLES, Examples(made, _outputs(predictor, made).tolist()))
 
 
@@ -66,7 +73,8 @@ def check(predictor: Predictor) -> None:
         RunFailed: They differ: this machine or its torch does not compute what the bundle's maker computed.
     """
     examples = read(predictor.bundle.folder)
-    expected, found = np.array(examples.outputs), _outputs(predictor, examples.rows)
+    found = _outputs(predictor, examples.rows)
+    expected = np.array(examples.outputs).reshape(len(examples.rows), *found.shape[1:])
     target = predictor.bundle.record.transform.target
     scale = target.spread if target.task == "regression" else 1.0
     if not np.allclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale):
@@ -84,10 +92,13 @@ def check(predictor: Predictor) -> None:
 
 def _outputs(predictor: Predictor, made: list[dict[str, Any]]) -> np.ndarray:
     """Through the JSON of a request, as a client would send them."""
-    _, checked = RowReader(predictor.signature).read(msgspec.json.encode({"rows": made}))
-    outputs = predictor.outputs(checked)
+    outputs = predictor.outputs(_read(predictor, made))
     predictor.answers(outputs)
     return outputs
+
+
+def _read(predictor: Predictor, made: list[dict[str, Any]]) -> Rows:
+    return RowReader(predictor.signature).read(msgspec.json.encode({"rows": made}))[1]
 
 
 def _value(each: Input, transform: Transform, place: int, rng: np.random.Generator) -> Any:

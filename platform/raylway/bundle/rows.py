@@ -4,12 +4,12 @@ Types made from the signature let msgspec decode and check a body in one pass; t
 a body that they refuse is read a second time, at leisure, to say what is wrong with each row.
 
 What is accepted, the same in both forms:
-- `number`: a JSON number, not text, not a boolean.
-- `category`: text, a number or a boolean, compared in its canonical text: `1`, `1.0` and `"1"` are one category. One
-  that training did not see is accepted and gets the code of the unknown.
+- `number`: a JSON number, not text, not a boolean, not infinite.
+- `category`: text, a number or a boolean, compared by the name of the category as in files (`texts.category_names`).
+  One that training did not see is accepted and gets the code of the unknown.
 - `date`: the text of a date or time (`features.dates`), such as `2013-01-01T05:00:00Z`.
-- `null` or a left-out feature: only where the signature says `required: false`; the training mean or the most frequent
-  category stands in, as it did in training.
+- `null`, a left-out feature, or a text that is a missing cell in files (`""`; `"NA"` unless the column held text): only
+  where the signature says `required: false`; what stood in for missing cells in training stands in.
 - a key that is no feature is refused: a misspelt optional feature would otherwise be filled in silently.
 """
 
@@ -32,6 +32,7 @@ import pyarrow as pa
 from raylway.features import dates
 from raylway.features.schema import canonical_text
 from raylway.features.signature import Input, Signature
+from raylway.features.texts import MissingCells, category_names, missing_words
 
 Form = Literal["rows", "data"]
 MOST_PROBLEMS = 20
@@ -73,7 +74,7 @@ class Rows:
     numbers: np.ndarray
     """float64 [N, inputs of type number], in the order of the signature; NaN is missing."""
     categories: list[list[Any]]
-    """For each input of type category or date N JSON scalars; None is missing."""
+    """For each input of type category or date N JSON scalars, texts as the names of categories; None is missing."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -83,7 +84,7 @@ class Rows:
         return Rows(self.numbers[start:stop], [column[start:stop] for column in self.categories])
 
     def texts(self) -> list[pa.Array]:
-        """The canonical text of each category column; a date is its text as it came."""
+        """The names of each category column; a date is its text as it came."""
         return [pa.array(list(map(_text, column)), pa.string()) for column in self.categories]
 
     def table(self, signature: Signature) -> pa.Table:
@@ -117,7 +118,9 @@ class RowReader:
         kinds = [each.type for each in signature.inputs]
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
         self._categories = [index for index, kind in enumerate(kinds) if kind != "number"]
-        self._dates = [place for place, index in enumerate(self._categories) if kinds[index] == "date"]
+        self._texts = [signature.inputs[index] for index in self._categories]
+        self._required = [signature.inputs[index].required for index in self._numbers]
+        self._missing = MissingCells(signature.missing)
 
     def read(self, body: bytes) -> tuple[Form, Rows]:
         """Check a body of either form, `{"rows": [{"feature": value}]}` or `{"data": [[value]]}`.
@@ -140,7 +143,9 @@ class RowReader:
             self._explain(body, "")
         form: Form = "rows" if decoded.data is msgspec.UNSET else "data"
         rows = self._columns(decoded.rows if form == "rows" else decoded.data)
-        if any(_holds_no_date(rows.categories[place]) for place in self._dates):
+        if any(map(_holds_misfits, self._texts, rows.categories)):
+            self._explain(body, "")
+        if self._missing and np.isnan(rows.numbers[:, self._required]).any():
             self._explain(body, "")
         return form, rows
 
@@ -150,7 +155,17 @@ class RowReader:
     def _columns_of(self, tuples: list[Any]) -> Rows:
         numbers = tuples if not self._categories else [[row[index] for index in self._numbers] for row in tuples]
         matrix = np.array(numbers, np.float64).reshape(len(tuples), len(self._numbers))
-        return Rows(matrix, [list(map(itemgetter(index), tuples)) for index in self._categories])
+        columns = [list(map(itemgetter(index), tuples)) for index in self._categories]
+        if self._missing:
+            matrix[self._missing.in_numbers(matrix)] = np.nan
+            columns = [[None if self._is_missing(value) else value for value in column] for column in columns]
+        return Rows(matrix, list(map(_as_names, self._texts, columns)))
+
+    def _is_missing(self, value: Any) -> bool:
+        """Whether a JSON scalar is one of the signature's missing cells."""
+        if type(value) is str:
+            return bool(self._missing.in_texts(pa.array([value]))[0])
+        return type(value) in (int, float) and bool(self._missing.in_texts(pa.array([repr(value)]))[0])
 
     def _explain(self, body: bytes, found: str) -> NoReturn:
         """Raise what is wrong with a body that its types refused.
@@ -197,7 +212,7 @@ class RowReader:
             yield Problem(index, name[:_LONGEST], f"is no feature of this model{hint}")
         for name, each in self._inputs.items():
             if name in row:
-                yield from _problems_of_value(index, each, row[name])
+                yield from self._problems_of_value(index, each, row[name])
             elif each.required:
                 yield Problem(index, name, f"is missing; expected {_expected(each)}")
 
@@ -209,7 +224,23 @@ class RowReader:
             )
             return
         for each, value in zip(self._inputs.values(), row, strict=True):
-            yield from _problems_of_value(index, each, value)
+            yield from self._problems_of_value(index, each, value)
+
+    def _problems_of_value(self, index: int, each: Input, value: Any) -> Iterable[Problem]:
+        kind = type(value)
+        is_word = kind is str and each.type != "number" and _as_names(each, [value]) == [None]
+        if value is None or is_word or (self._missing and kind in _kinds(each) and self._is_missing(value)):
+            if each.required:
+                found = "null" if value is None else f"{_shown(str(value))}, which is an empty cell here"
+                yield Problem(index, each.name, f"is {found}; expected {_expected(each)}")
+        elif _misfits(each, value):
+            yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
+        elif (kind is float and not math.isfinite(value)) or (
+            kind is str and each.type == "category" and _holds_infinity(each, _as_names(each, [value]))
+        ):
+            yield Problem(index, each.name, "is not a finite number")
+        elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
+            yield Problem(index, each.name, "is too large")
 
 
 def _is_escaped(name: str) -> bool:
@@ -246,6 +277,31 @@ def _value_type(each: Input) -> Any:
     return kind if each.required else kind | None
 
 
+def _as_names(each: Input, column: list[Any]) -> list[Any]:
+    """A column's values with its texts as the names of categories (a date's as they came), missing ones None."""
+    if each.type == "category" and each.values == "text":
+        return [None if value == "" else value for value in column] if "" in column else column
+    texts = [value for value in set(column) if type(value) is str]
+    if not texts:
+        return column
+    array = pa.array(texts, pa.string())
+    named = array if each.type == "date" else category_names(array, each.values)
+    nothing = missing_words(array)
+    names = {text: None if nothing[at] else named[at].as_py() for at, text in enumerate(texts)}
+    return [names[value] if type(value) is str else value for value in column]
+
+
+def _holds_misfits(each: Input, column: list[Any]) -> bool:
+    """Whether a value of a named column is missing where it must not be, an infinite number, or no date."""
+    if each.required and None in column:
+        return True
+    return _holds_no_date(column) if each.type == "date" else _holds_infinity(each, column)
+
+
+def _holds_infinity(each: Input, named: list[Any]) -> bool:
+    return each.values == "number" and ("inf" in named or "-inf" in named)
+
+
 def _text(value: Any) -> str | None:
     """The canonical text of one JSON scalar, as `features.schema.canonical_text` has it for a column."""
     if value is None or type(value) is str:
@@ -253,17 +309,9 @@ def _text(value: Any) -> str | None:
     return canonical_text(pa.array([value]))[0].as_py()
 
 
-def _problems_of_value(index: int, each: Input, value: Any) -> Iterable[Problem]:
-    kind = type(value)
-    if value is None:
-        if each.required:
-            yield Problem(index, each.name, f"is null; expected {_expected(each)}")
-    elif _misfits(each, value):
-        yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
-    elif kind is float and not math.isfinite(value):
-        yield Problem(index, each.name, "is not a finite number")
-    elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
-        yield Problem(index, each.name, "is too large")
+def _kinds(each: Input) -> tuple[type, ...]:
+    """Of the JSON scalars that an input takes, booleans apart."""
+    return {"number": (int, float), "category": (int, float, str), "date": (str,)}[each.type]
 
 
 def _misfits(each: Input, value: Any) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylway.data import packed
-from raylway.data.columns import Cell, Seen, examine
+from raylway.data.columns import Cell, Seen, examine, look_for_dates
 from raylway.data.csv_text import check_columns
 from raylway.data.location import Location
 from raylway.errors import UserError
@@ -215,6 +215,8 @@ def stored(
     array = _plain(column, name, where)
     if pa.types.is_null(array.type) or array.null_count == len(array):
         return pa.nulls(len(array)), Seen([source], ["null"], missing=len(array))
+    if pa.types.is_decimal(array.type):
+        return examine(array.cast(pa.string()), row_ids, keep_text=False, source=source)
     if pa.types.is_uint64(array.type):
         fits = pc.max(array).as_py() < 2**63
         array = array.cast(pa.int64() if fits else pa.string())
@@ -235,6 +237,8 @@ def stored(
         "string" if pa.types.is_dictionary(array.type) else {"double": "float64"}.get(str(array.type), str(array.type))
     )
     seen = Seen([source], [form], missing=missing, present=len(array) - missing)
+    if form == "string":
+        look_for_dates(seen, array, row_ids)
     if form == "float64":
         seen.real = seen.present
         infinite = pc.fill_null(pc.is_inf(array), False).to_numpy(zero_copy_only=False)
@@ -246,7 +250,7 @@ def stored(
 
 
 def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
-    """One array without dictionary, of null, bool, an integer or real type, or text."""
+    """One array without dictionary, of null, bool, an integer, real or decimal type, or text."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
@@ -257,21 +261,21 @@ def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.Array:
     flat = (
         pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
     )
-    if flat:
+    if flat or pa.types.is_decimal(kind):
         return array
-    if pa.types.is_decimal(kind):
-        return array.cast(pa.float64())
     if pa.types.is_large_string(kind) or pa.types.is_string(kind) or str(kind) == "string_view":
         return array.cast(pa.string())
     if pa.types.is_date(kind):
         return array.cast(pa.date32()).cast(pa.string())
+    if pa.types.is_timestamp(kind) and kind.tz:
+        array = array.cast(pa.timestamp(kind.unit, "UTC"))  # one instant has one text whatever its zone
     if pa.types.is_time(kind) or pa.types.is_timestamp(kind):
         return _iso(array.cast(pa.string()))
     raise not_read(name, _type_name(kind), where)
 
 
 def _iso(texts: pa.Array) -> pa.Array:
-    """`2013-01-01 05:00:00.500000` as `2013-01-01T05:00:00.5`: the same instant has one text in every unit."""
+    """`2013-01-01 05:00:00.500000` as `2013-01-01T05:00:00.5`: the same instant has one text in every unit and zone."""
     texts = pc.replace_substring(texts, " ", "T", max_replacements=1)
     texts = pc.replace_substring_regex(texts, r"(\.[0-9]*?)0+($|[Z+-])", r"\1\2")
     return pc.replace_substring_regex(texts, r"\.($|[Z+-])", r"\1")

@@ -19,6 +19,7 @@ from raylway.features import dates
 from raylway.features.derive import derivation
 from raylway.features.schema import canonical_text
 from raylway.features.step import Step
+from raylway.features.texts import Decimal, missing_words
 
 SKETCH = 4096
 """Different texts of a column are counted exactly up to so many; beyond, within about 2% (`distinct`)."""
@@ -37,7 +38,7 @@ class Rules(msgspec.Struct, frozen=True):
     target_sources: list[str]
     """Source columns that the target is or derives from."""
     dates: list[str]
-    """Columns of text whose cells must be dates; a missing word (`columns.MISSING_WORDS`) is missing in them."""
+    """Columns of text whose cells must be dates; a missing word (`features.texts`) is missing in them."""
     needed: list[str]
     """Columns that every row needs although it may miss others: the split's."""
     unhashed: list[str]
@@ -46,6 +47,8 @@ class Rules(msgspec.Struct, frozen=True):
     """Derived columns whose missing values do not matter."""
     drop_missing: bool
     infinite_is_missing: bool
+    decimal: Decimal
+    """The decimal sign of numbers in text."""
     classes: Literal["all", "few", "none"]
     """Whether to name the target's values: always, only if they are few, or never."""
 
@@ -142,26 +145,36 @@ def typed_rows(piece: Piece, rows: np.ndarray, names: list[str], rules: Rules) -
         rules: As `assess` was given.
     """
     taken = piece.table.select([*names, ROW_ID]).take(pa.array(rows))
-    arrays = {
-        name: columns.final(taken[name].combine_chunks(), rules.types[name], rules.infinite_is_missing)[0]
-        for name in names
-    }
+    arrays = {}
+    for name in names:
+        stored, decimal = taken[name].combine_chunks(), _decimal(piece, name, rules)
+        arrays[name] = columns.final(stored, rules.types[name], rules.infinite_is_missing, decimal)[0]
+        if name in rules.dates:
+            arrays[name] = _without_words(arrays[name])
     return pa.table({**arrays, ROW_ID: taken[ROW_ID]})
 
 
-def distinct(sketches: list[np.ndarray]) -> int:
-    """How many different values the parts of a column have together (k minimum values; Bar-Yossef and others 2002)."""
-    smallest = np.unique(np.concatenate(sketches))[:SKETCH] if sketches else np.zeros(0, np.uint64)
-    if len(smallest) < SKETCH:
-        return len(smallest)
-    return int((SKETCH - 1) * 2.0**64 / float(smallest[-1]))
+def smallest(sketches: list[np.ndarray]) -> np.ndarray:
+    """What the parts of a column have together: uint64, ascending, the smallest hashes (`SKETCH` of them at most)."""
+    return np.unique(np.concatenate(sketches))[:SKETCH]
+
+
+def distinct(sketch: np.ndarray) -> int:
+    """How many different values a column has (k minimum values; Bar-Yossef and others 2002)."""
+    if len(sketch) < SKETCH:
+        return len(sketch)
+    return int((SKETCH - 1) * 2.0**64 / float(sketch[-1]))
 
 
 def dates_of(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """A column of dates, its missing words missing, and which cells are neither date nor missing."""
-    texts = pc.if_else(pc.is_in(texts, pa.array(columns.MISSING_WORDS)), pa.scalar(None, pa.string()), texts)
+    texts = _without_words(texts)
     _, valid = dates.parse(texts)
     return texts, ~valid & texts.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _without_words(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pa.array(missing_words(pc.fill_null(texts, ""))), pa.scalar(None, pa.string()), texts)
 
 
 def type_name(kind: pa.DataType) -> str:
@@ -171,6 +184,11 @@ def type_name(kind: pa.DataType) -> str:
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+
+
+def _decimal(piece: Piece, name: str, rules: Rules) -> Decimal:
+    """CSV files have the job's decimal sign; other formats hold numbers, or text as everybody writes it."""
+    return rules.decimal if "text" in piece.facts.seen[name].sources else "."
 
 
 def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
@@ -185,7 +203,7 @@ def _typed(piece: Piece, rules: Rules) -> tuple[pa.Table, list[Reject]]:
         if wanted == "string" and name not in rules.dates and pa.types.is_dictionary(stored.type):
             arrays[name] = stored
             continue
-        arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing)
+        arrays[name], invalid = columns.final(stored, wanted, rules.infinite_is_missing, _decimal(piece, name, rules))
         if name in rules.dates and wanted == "string":
             arrays[name], invalid = dates_of(arrays[name])
         if invalid is not None:

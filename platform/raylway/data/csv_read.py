@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from raylway.data import csv_text, packed
@@ -27,8 +28,6 @@ _SERIAL_RECORDS = 1 << 16
 _LONGEST_STEPS = 8
 """A record longer than so many steps is most likely a quote that never closes: the csv module takes over."""
 _LONGEST_SHOWN = 10_000
-_SENTINEL = "\0" * 8
-"""No record of a file is this: a NUL in the heading is refused, and no delimiter or quote is one."""
 
 
 class Span(Protocol):
@@ -215,7 +214,7 @@ def parse(body: bytes, head: Heading, line: int) -> Parsed | None:
     table = _columns(body, head, found.multiline)
     assert table.num_rows == len(lines), "pyarrow and the record scan disagree"
     columns = [table[name].combine_chunks() for name in head.columns]
-    return _checked(Parsed(dict(zip(head.columns, columns, strict=True)), lines, rejects))
+    return _checked(Parsed(dict(zip(head.columns, columns, strict=True)), lines, rejects), head)
 
 
 def _columns(body: bytes, head: Heading, multiline: bool) -> pa.Table:
@@ -233,61 +232,82 @@ def _columns(body: bytes, head: Heading, multiline: bool) -> pa.Table:
     )
 
 
-def _checked(parsed: Parsed) -> Parsed:
-    """The same with its cells proven to be UTF-8; rows with one that is not become rejects."""
+def _checked(parsed: Parsed, head: Heading) -> Parsed:
+    """The same with its cells proven to be UTF-8; a row with one that is not becomes a reject, a heading likewise."""
     texts: dict[str, pa.Array] = {}
-    bad: dict[int, tuple[str, bytes]] = {}
+    bad = {
+        index: Reject(int(parsed.lines[index]), None, "the row repeats the heading", head.delimiter.join(head.columns))
+        for index in _repeated(parsed, head).tolist()
+    }
     for name, cells in parsed.columns.items():
         try:
             texts[name] = cells.cast(pa.string())
         except pa.ArrowInvalid:
             for index, cell in enumerate(cells.to_pylist()):
                 if cell is not None and not _is_utf8(cell):
-                    bad.setdefault(index, (name, cell))
+                    reject = Reject(int(parsed.lines[index]), name, "the cell is not UTF-8", _shown(cell))
+                    bad.setdefault(index, reject)
     if not bad:
         return Parsed(texts, parsed.lines, parsed.rejects)
-    for index, (name, cell) in sorted(bad.items()):
-        shown = cell.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
-        parsed.rejects.append(Reject(int(parsed.lines[index]), name, "the cell is not UTF-8", shown))
     keep = np.ones(len(parsed.lines), bool)
     keep[list(bad)] = False
     mask = pa.array(keep)
     columns = {name: cells.filter(mask).cast(pa.string()) for name, cells in parsed.columns.items()}
-    return Parsed(columns, parsed.lines[keep], sorted(parsed.rejects, key=lambda reject: reject.row_id))
+    rejects = sorted([*parsed.rejects, *bad.values()], key=lambda reject: reject.row_id)
+    return Parsed(columns, parsed.lines[keep], rejects)
+
+
+def _repeated(parsed: Parsed, head: Heading) -> np.ndarray:
+    """Which rows are the heading once more, as in files that were joined: where each cell is its column's name.
+
+    Of a single column that may be a value."""
+    rows = np.arange(len(parsed.lines) if len(head.columns) > 1 else 0)
+    for name, cells in reversed(parsed.columns.items()):
+        if not len(rows):
+            break
+        there = cells if len(rows) == len(cells) else cells.take(pa.array(rows))
+        same = pc.equal(there, name.encode())
+        if name == head.columns[0]:  # a byte order mark before it makes its quotes part of the cell
+            marked = [csv_text.BOM + text.encode() for text in (name, f"{head.quote}{name}{head.quote}")]
+            same = pc.or_(same, pc.is_in(there, pa.array(marked)))
+        rows = rows[pc.fill_null(same, False).to_numpy(zero_copy_only=False)]
+    return rows
 
 
 def _serial(chunks: Iterator[bytes], head: Heading, line: int, name: str) -> Iterator[Parsed]:
     """Records by Python's csv module: any text has a reading, and a line number for each record."""
     csv.field_size_limit(2**31 - 1)
-    lines = io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline="")
-    # a cell that is still open at the end of the file swallows the sentinel: the csv module itself does not tell
-    reader = csv_text.records_of(itertools.chain(lines, ["\n", _SENTINEL]), head.delimiter, head.quote)
+    lines = _Lines(io.TextIOWrapper(io.BufferedReader(_Chunks(chunks)), "utf-8", "surrogateescape", newline=""))
+    reader = csv_text.records_of(lines, head.delimiter, head.quote)
     rows: list[list[str]] = []
     starts: list[int] = []
     rejects: list[Reject] = []
-    closed = False
     start = line
-    for row in reader:
-        closed = row == [_SENTINEL]
-        if closed:
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error:
+            if lines.are_over:
+                raise UserError(
+                    "a quoted cell never closes",
+                    where=f"{name}:{start}",
+                    expected='a closing quote (a quote inside a quoted cell is written "")',
+                    fix="close the quote that opens in the row that starts on this line",
+                ) from None
+            rejects.append(Reject(start, None, "text follows the closing quote of a cell", _shown(lines.taken())))
+            row = []
+        if row is None:
             break
         if len(row) == len(head.columns):
             rows.append(row)
             starts.append(start)
         elif row:
-            raw = head.delimiter.join(row).encode("utf-8", "surrogateescape")
-            rejects.append(_ragged(raw, len(row), start, head))
-        last, start = start, line + reader.line_num
+            rejects.append(_ragged(lines.taken(), len(row), start, head))
+        lines.forget()
+        start = line + reader.line_num
         if len(rows) == _SERIAL_RECORDS:
             yield _from_rows(rows, starts, rejects, head)
             rows, starts, rejects = [], [], []
-    if not closed:
-        raise UserError(
-            "a quoted cell never closes",
-            where=f"{name}:{last}",
-            expected='a closing quote (a quote inside a quoted cell is written "")',
-            fix="close the quote that opens in the row that starts on this line",
-        )
     yield _from_rows(rows, starts, rejects, head)
 
 
@@ -296,7 +316,34 @@ def _from_rows(rows: list[list[str]], starts: list[int], rejects: list[Reject], 
         name: pa.array([row[index].encode("utf-8", "surrogateescape") or None for row in rows], pa.binary())
         for index, name in enumerate(head.columns)
     }
-    return _checked(Parsed(columns, np.array(starts, np.int64), rejects))
+    return _checked(Parsed(columns, np.array(starts, np.int64), rejects), head)
+
+
+class _Lines:
+    """Lines of text, of which those of the record at hand are remembered."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._record: list[str] = []
+        self.are_over = False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, "")
+        if not line:
+            self.are_over = True
+            raise StopIteration
+        self._record.append(line)
+        return line
+
+    def taken(self) -> bytes:
+        """The record as it stands, without its line end."""
+        return "".join(self._record).encode("utf-8", "surrogateescape").rstrip(b"\r\n")
+
+    def forget(self) -> None:
+        self._record.clear()
 
 
 class _Chunks(io.RawIOBase):
@@ -320,8 +367,11 @@ class _Chunks(io.RawIOBase):
 
 def _ragged(raw: bytes, cells: int, line: int, head: Heading) -> Reject:
     few = "too few" if cells < len(head.columns) else "too many"
-    shown = raw.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
-    return Reject(line, None, f"{few} cells: {cells} where the heading has {len(head.columns)}", shown)
+    return Reject(line, None, f"{few} cells: {cells} where the heading has {len(head.columns)}", _shown(raw))
+
+
+def _shown(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")[:_LONGEST_SHOWN]
 
 
 def _joined(body: bytes, found: csv_text.Records, good: np.ndarray) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 from raylway.errors import UserError
 
 _LF, _CR, _QUOTE = 10, 13, 34
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
 """Candidates, in the order that breaks a tie."""
 HEADING_BYTES = 1 << 20
@@ -71,9 +71,11 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
     Raises:
         UserError: The text is not UTF-8, or the heading lacks a name, repeats one or does not end.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
-        raise _not_utf8(name, "UTF-16 or no text at all")
-    start = len(_BOM) if data.startswith(_BOM) else 0
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _not_utf8(name, "UTF-16")
+    start = 0
+    while data.startswith(BOM, start):  # some programs write a second one
+        start += len(BOM)
     if not data[start:].strip():
         return None
     begin = len(data) - len(data[start:].lstrip(b"\r\n"))
@@ -83,6 +85,8 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
             raise UserError("the heading does not end", where=f"{name}:1", fix="close its quotes; it must be one line")
         end = len(data)
     after = end + (2 if data[end : end + 2] == b"\r\n" else 1 if end < len(data) else 0)
+    if b"\0" in data[begin:end]:
+        raise _not_utf8(name, "UTF-16 or no text at all")
     try:
         text = data[begin:end].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,7 +95,16 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
         else:
             raise _not_utf8(name, f"the byte {data[begin + error.start]:#04x} in the heading") from None
     delimiter = dialect.delimiter or _delimiter(text, dialect)
-    columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
+    try:
+        columns = next(records_of(io.StringIO(text, newline=""), delimiter, dialect.quote))
+    except csv.Error:
+        raise UserError(
+            "text follows the closing quote of a column's name",
+            where=f"{name}:1",
+            expected='a name in quotes with each quote inside it written ""',
+            found=text[:200],
+            fix="correct the heading, or name the quote that the file uses with data.read.quote",
+        ) from None
     if dialect.columns:
         if columns == dialect.columns:
             raise UserError(
@@ -108,9 +121,13 @@ def read_heading(data: bytes, whole: bool, name: str, dialect: Dialect = PLAIN) 
 
 
 def records_of(lines: Iterable[str], delimiter: str, quote: str) -> Any:
-    """The records of Python's csv module; an object of its with `line_num`."""
+    """The records of Python's csv module; an object of its with `line_num`.
+
+    It is strict, so that no character is lost: text after the closing quote of a cell is an error of its record, a cell
+    that is open at the end an error of the last.
+    """
     if quote:
-        return csv.reader(lines, delimiter=delimiter, quotechar=quote)
+        return csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=True)
     return csv.reader(lines, delimiter=delimiter, quotechar=None, quoting=csv.QUOTE_NONE)
 
 

@@ -43,29 +43,36 @@ class Types:
     """The type of each column, int64, float64, bool or string, and what was decided on the way."""
 
     of: dict[str, str]
+    dates: list[str]
+    """Columns of text whose cells must be dates."""
     sentences: list[str]
 
 
-def decide(seen: dict[str, Seen], numeric: set[str], clean: Clean, places: Places) -> Types:
+def decide(seen: dict[str, Seen], numeric: set[str], text: set[str], clean: Clean, places: Places) -> Types:
     """Decide the type of every column.
 
     Args:
         seen: Of the whole data, by column.
         numeric: Columns that the job declares as numbers.
+        text: Columns in which a date is a text like another.
         clean: The job's rules.
         places: For sentences and messages.
 
     Raises:
-        UserError: The files do not agree on text or number.
+        UserError: The files do not agree on text or number, or a column declared as numbers holds true and false.
     """
     types: dict[str, str] = {}
     sentences: list[str] = []
+    dates: list[str] = []
     for name, column in seen.items():
         if column.stored == ["null"]:
             types[name] = "float64" if name in numeric else "string"
             sentences.append(f"column {name!r} is empty in every row")
             continue
-        if column.sources == ["JSON boolean"] and name not in numeric:
+        holds_truth = column.is_truth or "bool" in column.stored
+        if holds_truth and name in numeric:
+            raise _no_numbers(name)
+        if column.sources == ["JSON boolean"]:
             types[name] = "bool"
         elif column.sources == ["JSON text"] and name not in numeric:
             types[name] = "string"
@@ -74,7 +81,16 @@ def decide(seen: dict[str, Seen], numeric: set[str], clean: Clean, places: Place
             sentences += sentence
         else:
             types[name] = _of_typed(name, column)
-    return Types(types, sentences)
+        if types[name] == "string" and column.dates and name not in text:
+            strange = column.present - column.words - column.dates
+            if strange <= clean.max_invalid * column.present:
+                dates.append(name)
+                sentences += [_invalid(name, "dates", strange, column.first_no_date, places)] * bool(strange)
+                sentences += [_with_words(name, column, "dates")] * bool(column.words)
+            else:
+                share = f"{strange} of {column.present} cells are no dates"
+                sentences.append(f"column {name!r} is text: {share}{_shown(column.first_no_date, places)}")
+    return Types(types, dates, sentences)
 
 
 def refuse_infinite(
@@ -106,27 +122,31 @@ def _of_text(name: str, column: Seen, declared: bool, clean: Clean, places: Plac
     kind = "float64" if column.real or (column.beyond and declared) else "int64"
     if declared:
         if column.bad:
-            return kind, [_invalid(name, column, places)]
+            return kind, [_invalid(name, "numbers", column.bad, column.first_bad, places)]
         return kind, []
+    if column.is_truth:
+        return "bool", [_with_words(name, column, "true and false")] * bool(column.words)
     if not column.numbers:
-        return "string", []
+        strange = column.present - column.words - column.truths
+        text = f"column {name!r} is text: {strange:,} of {column.present:,} cells are neither true nor false"
+        return "string", [text] * (column.truths > strange)
     if column.bad > clean.max_invalid * column.present:
         if column.numbers < column.bad:
             return "string", []
         share = f"{column.bad} of {column.present} cells are no numbers"
-        return "string", [f"column {name!r} is text: {share} (first {_shown(column.first_bad, places)})"]
+        return "string", [f"column {name!r} is text: {share}{_shown(column.first_bad, places)}"]
     if column.zeros:
         return "string", [
-            f"column {name!r} is text: {column.zeros} cells begin with 0 (first {_shown(column.first_zero, places)}); "
+            f"column {name!r} is text: {column.zeros} cells begin with 0{_shown(column.first_zero, places)}; "
             "list it under features.numeric to read it as numbers"
         ]
     if column.beyond:
         if not column.real:
             return "string", [f"column {name!r} is text: {column.beyond} whole numbers do not fit 64 bits"]
         kind = "float64"
-    sentences = [_invalid(name, column, places)] if column.bad else []
+    sentences = [_invalid(name, "numbers", column.bad, column.first_bad, places)] * bool(column.bad)
     if column.words:
-        sentences.append(f"column {name!r} holds numbers: {column.words:,} cells like NA or null count as missing")
+        sentences.append(_with_words(name, column, "numbers"))
     return kind, sentences
 
 
@@ -145,12 +165,23 @@ def _of_typed(name: str, column: Seen) -> str:
     )
 
 
-def _invalid(name: str, column: Seen, places: Places) -> str:
-    return (
-        f"column {name!r} holds numbers: {column.bad} cells that are none make their rows invalid "
-        f"(first {_shown(column.first_bad, places)})"
+def _no_numbers(name: str) -> UserError:
+    return UserError(
+        f"the column {name!r} holds true and false, no numbers",
+        where="data.features.numeric",
+        expected="columns of numbers",
+        fix="take it out of features.numeric: true and false are a category",
     )
 
 
+def _with_words(name: str, column: Seen, what: str) -> str:
+    return f"column {name!r} holds {what}: {column.words:,} cells like NA or null count as missing"
+
+
+def _invalid(name: str, what: str, cells: int, first: Cell | None, places: Places) -> str:
+    make = "cell that is none makes its row" if cells == 1 else "cells that are none make their rows"
+    return f"column {name!r} holds {what}: {cells:,} {make} invalid{_shown(first, places)}"
+
+
 def _shown(cell: Cell | None, places: Places) -> str:
-    return places.cell(cell) if cell else ""
+    return f" (first {places.cell(cell)})" if cell else ""

@@ -5,8 +5,7 @@ Cheap enough to run on every piece: numbers are compared at the speed of numpy, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from raylway.data.items import ROW_ID
 from raylway.data.rowhash import mix, text_words
 from raylway.features import dates
 from raylway.features.schema import canonical_text
+from raylway.features.texts import numbers
 
 SIDE = "\0side"
 """Column of a sample that says on which side of the split a row is (int8, `split`); no source column is called so."""
@@ -30,7 +30,7 @@ _FREQUENT = 256
 """So many of a column's texts are counted by name."""
 _LONGEST = 80
 """Characters of a text that are kept as an example or by name."""
-_DATE = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([ T]|$)"
+_DATE = r"^[ \t]*[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([ \tTt]|$)"
 _NARROW = 1 << 16
 """Whole numbers within so narrow a range are marked in a table instead of hashed one by one."""
 _LOOK = 200
@@ -61,6 +61,11 @@ class Column(msgspec.Struct):
     """Of texts and booleans: those that stand most often with their counts, `_FREQUENT` at most."""
     dates: int = 0
     """Cells of text that are dates (`features.dates`); 0 where some cell of the piece does not even look like one."""
+    commas: int = 0
+    """Cells of text that would be numbers if a comma were their decimal sign, whole ones too; 0 where some cell of the
+    piece would not."""
+    has_comma: bool = False
+    """Whether one of them has a comma."""
     lost: int = 0
     """Cells whose text was dropped from `frequent` on the way, so its counts may be short by so many."""
 
@@ -80,6 +85,11 @@ class Column(msgspec.Struct):
     def is_date(self) -> bool:
         """Whether every cell is a date."""
         return 0 < self.dates == self.present
+
+    @property
+    def has_decimal_commas(self) -> bool:
+        """Whether every cell is text that would be a number if a comma were its decimal sign."""
+        return self.has_comma and self.commas == self.present
 
     @property
     def is_exact(self) -> bool:
@@ -103,13 +113,9 @@ def describe(table: pa.Table, words: Mapping[str, np.ndarray] = {}) -> Described
     return Described({name: _column(table[name], words.get(name)) for name in table.column_names if name != ROW_ID})
 
 
-def merged(parts: Iterable[Described]) -> Described:
-    """The columns of all rows; `parts` in the order of the rows. Only some parts are held at a time."""
-    rest = iter(parts)
-    whole: list[Described] = []
-    while several := list(islice(rest, 32)):
-        whole = [_merged([*whole, *several])]
-    return whole[0] if whole else Described({})
+def merged(parts: Sequence[Described]) -> Described:
+    """The columns of all rows; `parts`, at least one, in the order of the rows."""
+    return Described({name: _merged_column([part.columns[name] for part in parts]) for name in parts[0].columns})
 
 
 def rate(kept: int) -> float:
@@ -172,6 +178,9 @@ def _look_at_names(found: Column, column: pa.Array, words: np.ndarray | None) ->
         looks = pc.match_substring_regex(names, _DATE).to_numpy(zero_copy_only=False)
         if looks.all():  # reading dates is slower, and a column counts as one of dates only if every cell is one
             found.dates = int(counts[dates.parse(names)[1]].sum())
+        if len(names) and numbers(names.slice(0, 1), ",").is_number[0] and numbers(names, ",").is_number.all():
+            found.commas = int(counts.sum())
+            found.has_comma = bool(pc.any(pc.match_substring(names, ",")).as_py())
     found.sketch = _smallest(text_words(names)[0] if words is None else words[0, there])
     order = np.argsort(-counts, kind="stable")[: 4 * _FREQUENT]
     texts = names.take(pa.array(order)).to_pylist()
@@ -218,10 +227,6 @@ def _examples(column: pa.Array) -> list[str]:
     return [text[:_LONGEST] for text in canonical_text(values).to_pylist() if text is not None]
 
 
-def _merged(parts: list[Described]) -> Described:
-    return Described({name: _merged_column([part.columns[name] for part in parts]) for name in parts[0].columns})
-
-
 def _merged_column(parts: list[Column]) -> Column:
     whole = Column(parts[0].type)
     if any(part.type == "float64" for part in parts):
@@ -235,6 +240,8 @@ def _merged_column(parts: list[Column]) -> Column:
         whole.whole &= part.whole
         whole.lost += part.lost
         whole.dates += part.dates
+        whole.commas += part.commas
+        whole.has_comma |= part.has_comma
         count = part.present - part.infinite
         if count:
             counted += count

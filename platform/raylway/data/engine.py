@@ -54,31 +54,32 @@ def run(
     function: Callable[[Argument], Result],
     arguments: Sequence[Argument],
     result: type[Result],
-    done: Callable[[Result], None] = lambda _: None,
     few: int | None = None,
-) -> list[Result]:
+) -> Iterator[Result]:
     """Apply a function to every argument.
 
     Args:
         function: Takes one argument; large constants are bound to it with `functools.partial`.
         arguments: msgspec records of one type.
         result: What the function returns.
-        done: Called with each result as it comes in, in any order.
         few: At most so many arguments are done on threads of this process; `FEW` if left out.
 
-    Returns:
-        The results in the order of the arguments.
+    Yields:
+        The results in the order of the arguments, while others are still worked on.
 
     Raises:
         UserError: The function raised it.
     """
-    found: dict[int, Result] = {}
-    on_threads = len(arguments) <= (FEW if few is None else few)
-    stream = enumerate(side_by_side(function, arguments)) if on_threads else _on_ray(function, arguments, result)
-    for at, each in stream:
-        found[at] = each
-        done(each)
-    return [found[at] for at in range(len(arguments))]
+    if len(arguments) <= (FEW if few is None else few):
+        yield from side_by_side(function, arguments)
+        return
+    waiting: dict[int, Result] = {}
+    turn = 0
+    for at, each in _on_ray(function, arguments, result):
+        waiting[at] = each
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
 
 
 def side_by_side(function: Callable[[Item], Output], items: Iterable[Item]) -> Iterator[Output]:

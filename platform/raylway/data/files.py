@@ -1,4 +1,4 @@
-"""Where the source data lies: files, globs, folders, `pkg://`, `s3://`; and `python://`.
+"""Where the source data lies: files, globs, folders, `pkg://`, `s3://`, `gs://`, `https://`; and `python://`.
 
 Nothing here reads rows of files, and neither ray nor torch is imported.
 """
@@ -117,10 +117,14 @@ def _find_one(text: str, bases: list[Path], where: str, declared: Format | None)
         return [function.find(rest, text, where)]
     if scheme in remote.SCHEMES:
         return remote.find(text, where, declared)
+    if scheme in ("https", "http"):
+        from raylway.data import web  # urllib3 takes a tenth of a second
+
+        return web.find(text, where, declared)
     raise UserError(
         f"{scheme}:// is not read",
         where=where,
-        expected="a file, glob or folder, s3://bucket/path, pkg://package/path or python://module:function",
+        expected="a file, glob or folder; s3://, gs://, https://, pkg://package/path or python://module:function",
         found=text,
         fix="copy the files to a folder or bucket that every node sees",
     )

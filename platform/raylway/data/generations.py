@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
@@ -21,7 +22,7 @@ from raylway.features import derive, transform
 from raylway.features.prepared import FORMAT, MANIFEST, Lineage
 from raylway.job.load import LoadedJob, located
 
-VERSION = 4
+VERSION = 6
 """Raise it when preparation gives other bytes for the same source and job."""
 
 
@@ -69,7 +70,9 @@ def find(loaded: LoadedJob, folder: Path | None) -> Start:
     job = loaded.job
     locations = files.locate(loaded)
     by_identity = {_identity(location): location for location in locations}
-    facts: list[object] = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, job.data.model_dump(mode="json")]
+    data = job.data.model_dump(mode="json")
+    data["source"] = _in_any_order(data["source"])
+    facts: list[object] = [VERSION, transform.VERSION, FORMAT, job.seed, job.task, data]
     with located(loaded):
         modules = derive.modules(job.data.derive)
     facts += [(path, storage.checksum(file)) for each in modules for path, file in sorted(code.sources(each).items())]
@@ -100,6 +103,13 @@ def _known(folder: Path | None) -> list[_Known]:
         except (OSError, msgspec.DecodeError):  # damaged, of another version, or removed just now
             continue
     return found
+
+
+def _in_any_order(source: Any) -> Any:
+    """A source as the job has it, its lists sorted: files have the order of their names."""
+    if isinstance(source, dict):
+        return {side: _in_any_order(each) for side, each in source.items()}
+    return sorted(set(source)) if isinstance(source, list) else source
 
 
 def _identity(location: Location) -> tuple[str, str]:

@@ -17,16 +17,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylway.data import arrow_read, clean, columns, csv_read, files, items, reading
-from raylway.data.columns import MISSING_WORDS
 from raylway.data.csv_read import Reject
 from raylway.data.items import ROW_ID, Item, Part, Reading
 from raylway.data.opening import Source, open_source
 from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
 from raylway.features.signature import Input, Signature
-from raylway.features.transform import Transform
+from raylway.features.texts import Decimal, category_names
 from raylway.job.load import LoadedJob
 from raylway.job.schema import Job
+
+
+class How(msgspec.Struct, frozen=True):
+    """How the run's job has cells read, in training as in prediction."""
+
+    decimal: Decimal = "."
+    """Of numbers in CSV files."""
+    infinite_is_missing: bool = False
+    missing: list[str] = []
+    """Further texts and numbers that are missing cells."""
+
+    @classmethod
+    def of(cls, job: Job) -> How:
+        read = job.data.read
+        return cls(read.decimal, job.data.clean.infinite == "missing", read.missing_words)
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Opened:
 
     source: Source
     """Its files have these columns at least; each may have more."""
+    how: How
 
     @property
     def files(self) -> list[str]:
@@ -86,24 +101,25 @@ def opened(source: str, signature: Signature, job: Job | None = None) -> Opened:
     names: list[str] = []
     parts: list[Part] = []
     for location in locations:
-        if not location.function and not location.size:
+        one = open_source(loaded, [location], may_be_empty=True)
+        if not one.columns:
             if len(locations) == 1:
                 raise UserError("the file is empty", where=location.name, expected="a heading and rows")
             continue  # no heading and no rows, as in preparation
-        one = open_source(loaded, [location])
         _require_inputs(one.columns, signature, one.files[0])
         parts += [msgspec.structs.replace(part, file=len(names) + part.file) for part in one.parts]
         names += one.files
-    return Opened(Source(locations[0].format, names, [each.name for each in signature.inputs], parts))
+    columns_ = [each.name for each in signature.inputs]
+    return Opened(Source(locations[0].format, names, columns_, parts), How.of(job))
 
 
-def read(item: Item, signature: Signature, transform: Transform) -> Iterator[Block]:
+def read(item: Item, signature: Signature, how: How) -> Iterator[Block]:
     """The rows of an item as the inputs of a model, in parts of some ten thousand rows.
 
     Raises:
         UserError: A file is damaged or a column is of a type that is not read.
     """
-    for table, reasons, refused in _parts(item, signature, transform):
+    for table, reasons, refused in _parts(item, signature, how):
         rows, inputs = table
         bad = [Reject(int(rows[row]), *reason) for row, reason in sorted(reasons.items())]
         good = np.ones(len(rows), bool)
@@ -112,23 +128,24 @@ def read(item: Item, signature: Signature, transform: Transform) -> Iterator[Blo
         yield Block(inputs.filter(pa.array(good)), rows[good], rejects)
 
 
-def tables(source: Opened, signature: Signature, transform: Transform) -> Iterator[tuple[pa.Table, int]]:
+def tables(source: Opened, signature: Signature) -> Iterator[tuple[pa.Table, int]]:
     """A source in parts: its rows as the inputs of a model, a cell that is no value for its input as missing; and how
     many rows could not be read at all."""
     for item in source.items(is_cut=False):
-        for (_, inputs), _, refused in _parts(item, signature, transform):
+        for (_, inputs), _, refused in _parts(item, signature, source.how):
             yield inputs, len(refused)
 
 
 def _parts(
-    item: Item, signature: Signature, transform: Transform
+    item: Item, signature: Signature, how: How
 ) -> Iterator[tuple[tuple[np.ndarray, pa.Table], dict[int, tuple[str, str, str]], list[Reject]]]:
     """Row ids and inputs, the rows that can't be used, and those that could not be read."""
     names = [each.name for each in signature.inputs]
-    known = {feature.column: pa.array(feature.known, pa.string()) for feature in transform.categorical}
-    how = Reading(names, [], csv_read.RANGE_BYTES, as_text=names)
-    for piece in items.read(item, how):
-        inputs, reasons = _inputs(piece.table, signature, known, item.parts[0].location.name)
+    location = item.parts[0].location
+    how = how if location.format == "csv" else msgspec.structs.replace(how, decimal=".")
+    reading = Reading(names, [], csv_read.RANGE_BYTES, names, how.decimal, how.missing)
+    for piece in items.read(item, reading):
+        inputs, reasons = _inputs(piece.table, signature, how, location.name)
         yield (piece.table[ROW_ID].to_numpy(), inputs), reasons, piece.facts.rejects
 
 
@@ -147,7 +164,7 @@ def _require_inputs(names: list[str], signature: Signature, where: str) -> None:
 
 
 def _inputs(
-    table: pa.Table, signature: Signature, known: dict[str, pa.Array], where: str
+    table: pa.Table, signature: Signature, how: How, where: str
 ) -> tuple[pa.Table, dict[int, tuple[str, str, str]]]:
     """The inputs' columns, and for each row that can't be used the first column that stands in the way, why, and its
     cell."""
@@ -158,12 +175,12 @@ def _inputs(
         name, bad = each.name, np.zeros(table.num_rows, bool)
         stored = arrow_read.stored(table[name], name, rows, False, where)[0]
         if each.type == "number":
-            arrays[name], bad = _as_number(stored)
+            arrays[name], bad = _as_number(stored, how)
         elif each.type == "date":
             texts = stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else canonical_text(stored)
             arrays[name], bad = clean.dates_of(texts)
         else:
-            arrays[name] = _as_category(stored, known.get(name))
+            arrays[name], bad = _as_category(stored, each, how)
         for row in np.flatnonzero(bad):
             cell = str(table[name][int(row)].as_py())
             reason = f"{cell!r} is no {'date' if each.type == 'date' else 'finite number'}"
@@ -175,32 +192,30 @@ def _inputs(
     return pa.table(arrays) if arrays else table.select([]), reasons
 
 
-def _kind(each: Input) -> pa.DataType:
-    return pa.float64() if each.type == "number" else pa.string()
-
-
-def _as_number(stored: pa.Array) -> tuple[pa.Array, np.ndarray]:
+def _as_number(stored: pa.Array, how: How) -> tuple[pa.Array, np.ndarray]:
     """Float64, and which cells are neither missing nor a finite number."""
     if pa.types.is_dictionary(stored.type):
-        numbers, bad = columns.as_numbers(stored, whole=False)
+        numbers, bad = columns.as_numbers(stored, False, how.decimal)
+    elif pa.types.is_boolean(stored.type):
+        return pa.nulls(len(stored), pa.float64()), stored.is_valid().to_numpy(zero_copy_only=False)
     else:
         numbers = pa.array(as_float64(stored), from_pandas=True)
         bad = np.zeros(len(stored), bool)
-    return numbers, bad | np.isinf(numbers.to_numpy(zero_copy_only=False))
+    infinite = pc.fill_null(pc.is_inf(numbers), False)
+    if how.infinite_is_missing:
+        return pc.if_else(infinite, pa.scalar(None, pa.float64()), numbers), bad
+    return numbers, bad | infinite.to_numpy(zero_copy_only=False)
 
 
-def _as_category(stored: pa.Array, known: pa.Array | None) -> pa.Array:
-    """Canonical texts. A text that training knows is itself; where training knows numbers only, a number in another
-    spelling (1.0) is the known one (1) and a missing word is missing."""
-    if not pa.types.is_dictionary(stored.type) or known is None:
-        return canonical_text(stored.cast(pa.string()) if pa.types.is_dictionary(stored.type) else stored)
-    texts = stored.dictionary
-    if len(texts) and columns.numbers(known).is_number.all():
-        read = columns.numbers(texts)
-        canonical = canonical_text(pa.array(read.integers))
-        canonical = pc.if_else(pa.array(read.is_integer), canonical, canonical_text(pa.array(read.floats)))
-        canonical = pc.if_else(pa.array(read.is_number), canonical, texts)
-        is_word = pc.is_in(texts, pa.array(MISSING_WORDS))
-        canonical = pc.if_else(is_word, pa.scalar(None, pa.string()), canonical)
-        texts = pc.if_else(pc.is_in(texts, known), texts, canonical)
-    return texts.take(stored.indices)
+def _as_category(stored: pa.Array, each: Input, how: How) -> tuple[pa.Array, np.ndarray]:
+    """The categories' names, and which cells are infinite numbers that are not missing."""
+    if pa.types.is_dictionary(stored.type):
+        names = category_names(stored.dictionary, each.values, how.decimal).take(stored.indices)
+    else:
+        names = canonical_text(stored)
+    if each.values != "number":
+        return names, np.zeros(len(stored), bool)
+    infinite = pc.is_in(names, pa.array(["inf", "-inf"]))
+    if how.infinite_is_missing:
+        return pc.if_else(infinite, pa.scalar(None, pa.string()), names), np.zeros(len(stored), bool)
+    return names, infinite.to_numpy(zero_copy_only=False)

@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import arrow_read, columns, csv_read, lines_read, packed
+from raylway.data import arrow_read, columns, csv_read, lines_read, missing, packed
 from raylway.data.columns import Seen
 from raylway.data.csv_read import Parsed, Reject
 from raylway.data.csv_text import Heading, Scan
 from raylway.data.location import Location
 from raylway.features.prepared import LINE_BITS
+from raylway.features.texts import Decimal, MissingCells
 
 ROW_ID = ""
 """Column of a piece's table that holds the row ids (uint64); no source column can have this name."""
@@ -100,6 +101,10 @@ class Reading(msgspec.Struct, frozen=True):
     """About so much text makes a piece (`csv_read.RANGE_BYTES`)."""
     as_text: list[str] = []
     """Columns that are known to be text."""
+    decimal: Decimal = "."
+    """The decimal sign of CSV files, and of folders' names."""
+    missing: list[str] = []
+    """Further texts and numbers that are missing cells (`texts.MissingCells`)."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -214,18 +219,22 @@ def _piece(item: Item, number: int, found: list[pa.Table], rejects: list[Reject]
     row_ids = table[ROW_ID].combine_chunks().to_numpy()
     stored, seen = {}, {}
     first = item.parts[0]
+    location, words = first.location, MissingCells(reading.missing)
     for name in reading.columns:
         cells = table[name].combine_chunks()
         as_text, numeric = name in reading.as_text, name in reading.numeric
-        if any(name in part.location.partitions for part in item.parts):
-            stored[name], seen[name] = columns.examine(cells.cast(pa.string()), row_ids, as_text)
-        elif first.location.format == "jsonl":
-            stored[name], seen[name] = lines_read.split_cells(cells.cast(pa.string()), row_ids, as_text, numeric)
-        elif first.location.format != "csv":
-            where = first.location.name
-            stored[name], seen[name] = arrow_read.stored(table[name], name, row_ids, numeric, where)
+        is_partition = any(name in part.location.partitions for part in item.parts)
+        if is_partition or location.format == "csv":
+            cells = cells.cast(pa.string())
+            cells = missing.without(cells, words, reading.decimal) if words else cells
+            stored[name], seen[name] = columns.examine(cells, row_ids, as_text, decimal=reading.decimal)
+        elif location.format == "jsonl":
+            cells = cells.cast(pa.string())
+            cells = missing.without_marked(cells, words) if words else cells
+            stored[name], seen[name] = lines_read.split_cells(cells, row_ids, as_text, numeric)
         else:
-            stored[name], seen[name] = columns.examine(cells, row_ids, as_text)
+            typed = pa.chunked_array([missing.without(cells, words)]) if words else table[name]
+            stored[name], seen[name] = arrow_read.stored(typed, name, row_ids, numeric, location.name)
     stored[ROW_ID] = table[ROW_ID].combine_chunks()
     return Piece(
         pa.table(stored), Facts(item.index, number, table.num_rows, seen, rejects, table.num_rows + len(rejects))

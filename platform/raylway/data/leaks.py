@@ -61,6 +61,7 @@ def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Sequence[Call
         rows=rows,
         compared=sum(len(part.sides) for part in each),
         unplaced=sum(part.unplaced for part in each),
+        foreign=sides.rows - sum(part.found for part in each),
         row_ids_on_two_sides=sum(part.twice for part in each),
         equal_rows_on_two_sides=_on_two_sides([part.hashes for part in each], [part.sides for part in each]),
         groups_on_two_sides=_groups_on_two_sides(groups) if groups else None,
@@ -76,6 +77,8 @@ class _Placed:
     sides: np.ndarray
     unplaced: int
     twice: int
+    found: int
+    """How often the shards hold one of all rows."""
     groups: np.ndarray | None
     """Different pairs of group and side."""
     spans: dict[int, tuple[float, float]]
@@ -83,7 +86,7 @@ class _Placed:
 
 
 def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
-    side, twice = sides.of(part.row_ids)
+    side, twice, found = sides.of(part.row_ids)
     chosen = mix(part.hashes[:, 0].copy()) <= bound
     groups, spans = None, {}
     if part.group is not None:
@@ -92,33 +95,47 @@ def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
         for number in np.unique(side):
             mine = part.instant[side == number]
             spans[int(number)] = float(mine.min()), float(mine.max())
-    return _Placed(part.hashes[chosen], side[chosen], int((side == 0).sum()), twice, groups, spans)
+    return _Placed(part.hashes[chosen], side[chosen], int((side == 0).sum()), twice, found, groups, spans)
 
 
 class _Sides:
-    """The side of a row as the shards have it; their row ids are mapped, not loaded."""
+    """The side of a row as the shards have it; of their row ids only the first and the last are held."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self._parts = []
+        self.rows = 0
         for shard in shards:
-            table = pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all()
-            if table.num_rows:
-                self._parts.append((SPLITS.index(shard.split) + 1, table["row_id"].combine_chunks().to_numpy()))
+            ids = _row_ids(folder / shard.file)
+            self.rows += len(ids)
+            if len(ids):
+                # ascending as they were written; the test does not rely on it
+                held = None if (ids[1:] > ids[:-1]).all() else np.sort(ids)
+                ends = (ids if held is None else held)[[0, -1]]
+                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ends, held))
 
-    def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """int8 [n], 0 where no shard has the row; and how many rows stand on more than one side."""
+    def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """int8 [n], 0 where no shard has the row; how many rows stand on more than one side; and how often the shards
+        hold one of them, each counted once a shard."""
         side = np.zeros(len(row_ids), np.int8)
         twice = np.zeros(len(row_ids), bool)
+        found = 0
         if not len(row_ids):
-            return side, 0
-        for number, ids in self._parts:
-            if ids[-1] < row_ids[0] or ids[0] > row_ids[-1]:
+            return side, 0, 0
+        for number, path, ends, held in self._parts:
+            if ends[1] < row_ids[0] or ends[0] > row_ids[-1]:
                 continue
+            ids = _row_ids(path) if held is None else held
             at = np.minimum(np.searchsorted(ids, row_ids), len(ids) - 1)
             here = ids[at] == row_ids
             twice |= here & (side != 0) & (side != number)
             side[here] = number
-        return side, int(twice.sum())
+            found += int(here.sum())
+        return side, int(twice.sum()), found
+
+
+def _row_ids(path: Path) -> np.ndarray:
+    """uint64; mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
 
 
 def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:

@@ -212,12 +212,21 @@ def _cell(value: Any) -> str | None:
         return f"n{value}"
     if type(value) is bool:
         return "btrue" if value else "bfalse"
-    text = json.dumps(value, ensure_ascii=False, default=str) if type(value) is list else value
+    text = _text(value) if type(value) is list else value
     try:
         text.encode()
     except UnicodeEncodeError:
         raise _BadLineError("the line holds half of a surrogate pair") from None
     return f"s{text}"
+
+
+def _text(value: Any) -> str:
+    """As JSON, numbers as they are written."""
+    if type(value) is list:
+        return f"[{', '.join(map(_text, value))}]"
+    if type(value) is _Pairs:
+        return f"{{{', '.join(f'{json.dumps(key)}: {_text(each)}' for key, each in value)}}}"
+    return value if type(value) is _Number else json.dumps(value, ensure_ascii=False)
 
 
 def _constant(name: str) -> _Number | None:

@@ -7,7 +7,7 @@ import glob
 import importlib.util
 from pathlib import Path
 
-from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, unknown_format
+from raylway.data.location import ENDINGS, Format, Location, chosen, format_of, is_hidden, is_spelled, unknown_format
 from raylway.errors import UserError
 
 
@@ -34,9 +34,11 @@ def find(path: str, text: str, bases: list[Path], where: str, declared: Format |
             return _folder(candidate, text, where, declared)
         if glob.has_magic(path):
             found = [Path(name) for name in glob.glob(str(candidate), recursive=True)]  # noqa: PTH207 - takes any path
+            # the glob's own words up to its first wildcard, then what was found
+            fixed = Path(*_until_magic(Path(path).expanduser()))
+            if not is_spelled(path):
+                found = [file for file in found if not is_hidden(file.relative_to(base / fixed).as_posix())]
             if files := _chosen([file for file in found if file.is_file()], declared):
-                # the glob's own words up to its first wildcard, then what was found
-                fixed = Path(*_until_magic(Path(path).expanduser()))
                 shown = text[: len(text) - len(path)]
                 return [_found(file, base / fixed, f"{shown}{fixed.as_posix()}", declared) for file in files]
     raise UserError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -13,6 +14,7 @@ from raylway.errors import UserError
 from raylway.features.prepared import SplitName
 
 Format = Literal["csv", "jsonl", "text", "parquet", "arrow", "python"]
+Packing = Literal["zip", "gz", "bz2", "zst", ""]
 TEXT_FORMATS = ("csv", "jsonl", "text")
 _ENDINGS: dict[str, Format] = {
     ".csv": "csv",
@@ -25,8 +27,18 @@ _ENDINGS: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-_PACKED = {".gz": "gz", ".bz2": "bz2", ".zst": "zst", ".zip": "zip"}
+_PACKED: dict[str, Packing] = {".gz": "gz", ".bz2": "bz2", ".zst": "zst", ".zip": "zip"}
 ENDINGS = f"{', '.join(_ENDINGS)}; text files also with {', '.join(_PACKED)}"
+_VARIABLES = {
+    "s3": "the environment, such as AWS_ACCESS_KEY_ID",
+    "gs": "the environment, such as GOOGLE_APPLICATION_CREDENTIALS",
+    "https": "~/.netrc, or the file that NETRC names",
+    "http": "nowhere: http:// is not encrypted",
+}
+_SECRET_KEY = (
+    r"(?i)(^|[&;])(x-(amz|goog)-[a-z-]*|signature|sig|awsaccesskeyid|googleaccessid"
+    r"|[a-z_-]*(token|key|secret|password|passwd|pwd|auth|jwt|credentials?))="
+)
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -36,7 +48,7 @@ class Location(msgspec.Struct, frozen=True):
     name: str
     """How messages and row accounts call it: the job file's words, so that it is the same on every machine."""
     path: str
-    """Absolute, or an address (`s3://`); for `python://` the module's file."""
+    """Absolute, or an address (`s3://`, `https://`); for `python://` the module's file."""
     function: str | None = None
     """For `python://`: `module:function`."""
     member: str | None = None
@@ -50,7 +62,11 @@ class Location(msgspec.Struct, frozen=True):
     length: int | None = None
     """Bytes, of a remote file."""
     stamp: str = ""
-    """Of a remote file: the ETag or time that tells whether it was changed."""
+    """Of a remote file: the ETag or the like that tells whether it was changed."""
+    packing: Packing = ""
+    """How the web server packs the file on its way; else the name's ending says it."""
+    has_ranges: bool = True
+    """Whether any range of the file can be read without what precedes it."""
 
     @property
     def format(self) -> Format:
@@ -61,8 +77,8 @@ class Location(msgspec.Struct, frozen=True):
         return format_of(self.member or self.path) or "csv"
 
     @property
-    def compression(self) -> Literal["zip", "gz", "bz2", "zst", ""]:
-        return _PACKED.get(Path(self.path.lower()).suffix, "")  # type: ignore[return-value]
+    def compression(self) -> Packing:
+        return self.packing or _PACKED.get(Path(path_of(self.path).lower()).suffix, "")
 
     @property
     def is_remote(self) -> bool:
@@ -71,7 +87,7 @@ class Location(msgspec.Struct, frozen=True):
     @property
     def is_plain(self) -> bool:
         """Whether the bytes of the file are UTF-8 text themselves, so that any range of it can be read."""
-        return not self.compression and self.encoding == "utf-8"
+        return not self.compression and self.encoding == "utf-8" and self.has_ranges
 
     @property
     def size(self) -> int:
@@ -82,16 +98,21 @@ class Location(msgspec.Struct, frozen=True):
     def partitions(self) -> dict[str, str | None]:
         """The columns that folders named `column=value` give, decoded as URLs are; None is a missing cell."""
         found: dict[str, str | None] = {}
-        for folder in self.name.split("/")[:-1]:
+        for folder in path_of(self.name).split("/")[:-1]:
             column, equals, value = folder.partition("=")
             if equals and column and "://" not in folder and not self.function:
                 found[unquote(column)] = None if value in ("", _NO_PARTITION) else unquote(value)
         return found
 
 
+def path_of(address: str) -> str:
+    """The path of a web server's address, decoded; another name itself."""
+    return unquote(urlsplit(address).path) if address.startswith(("https://", "http://")) else address
+
+
 def format_of(name: str) -> Format | None:
     """The format that a name's ending says, packed or not; None for another name, `csv` for a bare `.zip`."""
-    path = Path(name.lower())
+    path = Path(path_of(name).lower())
     if path.suffix in _PACKED:
         inner = _ENDINGS.get(Path(path.stem).suffix)
         if inner is None and path.suffix == ".zip":
@@ -118,6 +139,13 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) and "=" not in part for part in path.split("/"))
 
 
+def is_spelled(pattern: str) -> bool:
+    """Whether a glob names hidden files itself: one of its parts begins with a dot or an underscore, `_*.csv`."""
+    parts = pattern.split("/")
+    until = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return any(part.startswith((".", "_")) for part in parts[until:])
+
+
 def unknown_format(text: str, where: str) -> UserError:
     """The ending of a file that the job names says nothing."""
     return UserError(
@@ -129,6 +157,15 @@ def unknown_format(text: str, where: str) -> UserError:
     )
 
 
+def was_changed(location: Location) -> UserError:
+    """A remote file is not the one that was found."""
+    return UserError(
+        "the file was changed or removed while it was read",
+        where=location.name,
+        fix="give the command again when it is at rest",
+    )
+
+
 def refuse_credentials(address: str, where: str) -> None:
     """An address goes into the run record, so it must not let anyone in.
 
@@ -136,19 +173,18 @@ def refuse_credentials(address: str, where: str) -> None:
         UserError: It holds a password or a signature; the message does not show it.
     """
     scheme, separator, rest = address.partition("://")
-    if not separator or scheme not in ("s3", "gs", "http", "https"):
+    scheme = scheme.lower()
+    if not separator or scheme not in _VARIABLES:
         return
-    host, _, query = rest.partition("?")
-    user = "@" in host.partition("/")[0]
-    signed = scheme.startswith("http") and re.search(
-        r"(?i)(^|[&;])(x-(amz|goog)-[a-z-]*|signature|sig|awsaccesskeyid|googleaccessid|[a-z_-]*(token|key|secret|password))=",
-        query,
-    )
+    # a secret may hold / ? and #, so a colon that is not before a port gives it away too
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    user = "@" in host or ("@" in rest and re.search(r":(?!\d*$)", re.sub(r"^\[[^]]*\]", "", host)))
+    signed = re.search(_SECRET_KEY, rest.partition("?")[2])
     if user or signed:
         raise UserError(
             "the address holds credentials",
             where=where,
             expected="an address that is no secret: it is written into the run's record",
             found=f"{scheme}:// address with {'a user before @' if user else 'a signature or key after ?'}",
-            fix="take them out; credentials come from the environment, such as AWS_ACCESS_KEY_ID",
+            fix=f"take them out; credentials come from {_VARIABLES[scheme]}",
         )

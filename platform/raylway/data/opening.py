@@ -55,13 +55,16 @@ class Source:
         return sum(part.size for part in self.parts)
 
 
-def open_source(loaded: LoadedJob, locations: list[Location] | None = None, head: bool = False) -> Source:
+def open_source(
+    loaded: LoadedJob, locations: list[Location] | None = None, head: bool = False, may_be_empty: bool = False
+) -> Source:
     """Find the job's source and read what its files say about their columns.
 
     Args:
         loaded: The job.
         locations: Its files in the order of the row ids; looked for and sorted by name if left out.
         head: As `open_files` takes it.
+        may_be_empty: Whether a source without any column is one.
 
     Raises:
         UserError: The source can't be read, its files have different columns, or it has none.
@@ -73,7 +76,7 @@ def open_source(loaded: LoadedJob, locations: list[Location] | None = None, head
         numeric=frozenset(loaded.job.data.features.numeric),
     )
     source = open_files(locations or locate(loaded), asked, where, head)
-    if not source.columns:
+    if not source.columns and not may_be_empty:
         raise no_rows(where, ", ".join(source.files[:5]))
     return source
 
@@ -171,14 +174,32 @@ def _from_json(files: list[Location], asked: Asked, head: bool) -> Source:
     # null where others have an object is an absent object, not a column
     valued = {name for names in found for name, has_value in names.items() if has_value}
     columns = [name for name in every if name in valued or not any(other.startswith(f"{name}.") for other in every)]
+    if not columns:
+        _refuse_other_lines(files)
     check_columns(columns, files[0].name)
     for location in files:
         _with_partitions(columns, location)
     present = [[name for name in columns if name in names] for names in found]
     parts: list[Part] = [_lines(index, location, columns) for index, location in enumerate(files)]
     columns = [*columns, *(name for location in files for name in location.partitions)]
+    if not every:
+        _refuse_other_json(parts)
     notes = _lacking(files, present, list(dict.fromkeys(columns)))
     return Source("jsonl", [location.name for location in files], list(dict.fromkeys(columns)), parts, notes)
+
+
+def _refuse_other_json(parts: list[Part]) -> None:
+    """None of the files has a column: say so of the first line that is no object."""
+    for part in parts:
+        body, line = next(lines_read.bodies(part.location, Heading("", [], 0, 1), _STEP), (b"", 1))
+        if rejects := lines_read.parse_json(body, line, []).rejects:
+            raise UserError(
+                "the file is no JSON Lines",
+                where=f"{part.location.name}:{rejects[0].row_id}",
+                expected="one object in each line",
+                found=rejects[0].reason,
+                fix="write one object a line (pandas: to_json(..., orient='records', lines=True))",
+            )
 
 
 def _keys(location: Location, asked: Asked, head: bool) -> dict[str, bool]:
@@ -195,6 +216,20 @@ def _keys(location: Location, asked: Asked, head: bool) -> dict[str, bool]:
         if head:
             break
     return found
+
+
+def _refuse_other_lines(files: list[Location]) -> None:
+    """Files without any object are empty or of another form, such as one array over many lines."""
+    for location in files:
+        for body, line in lines_read.bodies(location, _lines(0, location, []).heading, _STEP):
+            for reject in lines_read.parse_json(body, line, []).rejects:
+                raise UserError(
+                    reject.reason,
+                    where=f"{location.name}:{reject.row_id}",
+                    expected="JSON Lines: on each line one object",
+                    found=reject.cell[:200],
+                    fix="write it so (pandas: to_json(..., orient='records', lines=True))",
+                )
 
 
 def _lines(index: int, location: Location, columns: list[str]) -> Stream:

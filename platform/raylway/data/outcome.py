@@ -9,9 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raylway.data import describe, sides
-from raylway.data.assessment import Counted, Found, ordering_of, text_target
-from raylway.data.clean import Assessed, Rules, distinct
+from raylway.data import sides
+from raylway.data.assessment import (
+    Columns,
+    Counted,
+    Found,
+    columns_of,
+    comma_hint,
+    ordering_of,
+    unfit_target,
+)
+from raylway.data.clean import Assessed, Rules
 from raylway.data.columns import Seen
 from raylway.data.describe import Described
 from raylway.data.division import Division
@@ -54,6 +62,7 @@ class Pieces:
     """All pieces, assessed."""
 
     found: list[Found]
+    columns: Columns
     tables: Sequence[pa.Table]
     """By piece (`ordering.ordered`)."""
     count: Callable[[Division, list[list[int]]], list[Counted]]
@@ -112,11 +121,10 @@ def conclude(
     by_class: dict[SplitName, list[int]] = {
         name: totals[side].tolist() if classes else [] for side, name in enumerate(SPLITS, 1)
     }
-    different = _distinct(types, [each.assessed for each in found])
+    different = _distinct(types, pieces.columns)
     empty = empty_columns(seen)
-    described = describe.merged(each.assessed.described for each in found)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, account.kept, empty, _dates(described), where)
+    roles = choose_features(names, types, different, account.kept, empty, rules.dates, where)
     plan = fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
     sentences += _absences(names.target, classes, by_class)
@@ -125,7 +133,7 @@ def conclude(
         classes,
         roles,
         plan,
-        signature(names, roles, types, task, classes, required=rules.drop_missing),
+        signature(names, roles, types, task, classes, rules.drop_missing, loaded.job.data.read.missing_words),
         account,
         by_class,
         divided,
@@ -133,7 +141,7 @@ def conclude(
         types,
         different,
         sentences + sides.sentences(order, told, past or []),
-        described,
+        pieces.columns.described,
     )
 
 
@@ -159,18 +167,14 @@ def preview(loaded: LoadedJob, names: Names, rules: Rules, seen: dict[str, Seen]
     rows = sum(each.usable for each in found)
     types = rules.types | derived_types(rules, [each.assessed for each in found])
     task, why, classes = _target(loaded, names, types, found, rows, whole_data=False)
-    different = _distinct(types, [each.assessed for each in found])
+    columns = columns_of(found)
+    different = _distinct(types, columns)
     empty = empty_columns(seen)
-    described = describe.merged(each.assessed.described for each in found)
     where = loaded.location("data.features")
-    roles = choose_features(names, types, different, rows, empty, _dates(described), where)
+    roles = choose_features(names, types, different, rows, empty, rules.dates, where)
     fit_plan(loaded, names, roles, task, classes)
     sentences = [why] * bool(why) + roles.sentences + ineffective(loaded, roles)
-    return Preview(task, classes, roles, different, rows, sentences, described)
-
-
-def _dates(described: Described) -> list[str]:
-    return [name for name, column in described.columns.items() if column.is_date]
+    return Preview(task, classes, roles, different, rows, sentences, columns.described)
 
 
 def derived_types(rules: Rules, pieces: list[Assessed]) -> dict[str, str]:
@@ -206,6 +210,7 @@ def subject(loaded: LoadedJob, names: Names, found: Outcome | Preview) -> Subjec
         dict(zip(found.classes, found.by_class["train"], strict=True)) if isinstance(found, Outcome) else {},
         ("class" if found.classes else "chance") if by == "auto" else by,
         names.drop,
+        found.roles.date,
     )
 
 
@@ -227,7 +232,8 @@ def _allow_rejects(loaded: LoadedJob, source: Source, found: list[Found]) -> int
             where=source.places.of(first.row_id),
             expected=f"invalid rows: {limit}",
             found=f"{invalid} of {read}; here: {first.cell[:200]!r}" + (f"; also {places}" if places else ""),
-            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid",
+            fix="correct the rows, or let more of them go to quarantine with data.clean.invalid and max_invalid"
+            + comma_hint(first.cell),
         )
     return invalid
 
@@ -259,8 +265,9 @@ def _target(
     whole = all(piece.whole for piece in pieces)
     task, why = infer_task(loaded.job.task, types[names.target], whole, len(known) if named else FEW_CLASSES + 1, rows)
     if task == "regression":
-        if types[names.target] == "string":
-            raise text_target(loaded, names.target, ", ".join(sorted(known)[:3]) or "text")
+        if types[names.target] in ("string", "bool"):
+            what = "text" if types[names.target] == "string" else "true or false"
+            raise unfit_target(loaded, names.target, what, ", ".join(sorted(known)[:3]) or what)
         return task, why, []
     classes = sorted_names(known)
     if len(classes) < 2 and whole_data:
@@ -274,13 +281,9 @@ def _target(
     return task, why, classes
 
 
-def _distinct(types: dict[str, str], pieces: list[Assessed]) -> dict[str, int]:
+def _distinct(types: dict[str, str], columns: Columns) -> dict[str, int]:
     """How many different values each column of text has."""
-    texts = [name for name, kind in types.items() if kind == "string"]
-    return {
-        name: distinct([np.frombuffer(piece.texts[name], np.uint64) for piece in pieces if name in piece.texts])
-        for name in texts
-    }
+    return {name: columns.distinct.get(name, 0) for name, kind in types.items() if kind == "string"}
 
 
 def empty_columns(seen: dict[str, Seen]) -> list[str]:

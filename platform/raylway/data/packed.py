@@ -25,11 +25,13 @@ from raylway.data.location import TEXT_FORMATS, Location, chosen, format_of, is_
 from raylway.errors import UserError
 
 _BOMS = {
+    codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",  # begins like that of UTF-16
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_PACKED_ENDINGS = (".gz", ".bz2", ".zst", ".zip")
 _MARKING = "raylway.mark"
 _DECODED_STEP = 1 << 20
 
@@ -40,7 +42,13 @@ def opened(location: Location) -> BinaryIO:
     Raises:
         UserError: A remote file is gone, or was changed since it was found.
     """
-    return remote.opened(location) if location.is_remote else Path(location.path).open("rb")
+    if not location.is_remote:
+        return Path(location.path).open("rb")
+    if location.path.startswith(("s3://", "gs://")):
+        return remote.opened(location)
+    from raylway.data import web  # urllib3 takes a tenth of a second
+
+    return web.opened(location)
 
 
 class Unpacked:
@@ -50,7 +58,7 @@ class Unpacked:
     """
 
     def __init__(self, location: Location) -> None:
-        self._open = ExitStack()
+        self._open, self._location = ExitStack(), location
         try:
             self._packed = self._open.enter_context(opened(location))
             self._source: Any = self._unpacker(location)
@@ -70,7 +78,7 @@ class Unpacked:
             case "gz":
                 return self._open.enter_context(gzip.open(self._packed))
             case "bz2":
-                return self._open.enter_context(bz2.open(self._packed))
+                return _Bz2Members(self._packed)
             case "zst":
                 file = pa.PythonFile(self._packed, mode="r")
                 return self._open.enter_context(pa.CompressedInputStream(file, "zstd"))
@@ -82,7 +90,16 @@ class Unpacked:
             return self._source.read(size)
         while not self._decoded:
             chunk = self._source.read(_DECODED_STEP)
-            text = self._decoder.decode(chunk, final=not chunk)
+            try:
+                text = self._decoder.decode(chunk, final=not chunk)
+            except UnicodeError as error:
+                raise UserError(
+                    "the file is not in the encoding that the job names",
+                    where=self._location.name,
+                    expected=self._location.encoding,
+                    found=str(error),
+                    fix="without a byte order mark the name tells the order: utf-16-le or utf-16-be",
+                ) from None
             if self._first and text:
                 text, self._first = text.removeprefix("\ufeff"), False
             self._decoded = text.encode("utf-8", "surrogateescape")
@@ -102,6 +119,27 @@ class Unpacked:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
+
+
+class _Bz2Members:
+    """Unpacks bzip2 members one after the other. Python's own reader takes a damaged one for the end of the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._member, self._left = file, bz2.BZ2Decompressor(), file.read(_DECODED_STEP)
+
+    def read(self, size: int) -> bytes:
+        while size and (self._left or not (self._member.needs_input or self._member.eof)):
+            if self._member.eof:
+                self._member = bz2.BZ2Decompressor()
+            found = self._member.decompress(self._left, size)
+            self._left = self._member.unused_data
+            if not self._left and (self._member.eof or self._member.needs_input):
+                self._left = self._file.read(_DECODED_STEP)
+                if not self._left and not self._member.eof:
+                    raise EOFError("the file ends within a member")
+            if found:
+                return found
+        return b""
 
 
 @contextmanager
@@ -154,6 +192,15 @@ def zip_members(location: Location) -> list[Location]:
         ) from None
     names = chosen(sorted(entry.filename for entry in entries), location.declared)
     wanted = [name for name in names if location.declared or format_of(name) in TEXT_FORMATS]
+    nested = [name for name in wanted if name.lower().endswith(_PACKED_ENDINGS)]
+    if nested:
+        raise UserError(
+            "the archive holds a packed file",
+            where=location.name,
+            expected="plain files inside",
+            found=nested[0],
+            fix="unpack the archive and name its files, or pack the plain ones",
+        )
     locked = [entry.filename for entry in entries if entry.flag_bits & 1]
     if locked:
         raise UserError("the archive is encrypted", where=location.name, found=locked[0], fix="unpack it first")
@@ -176,11 +223,11 @@ def zip_members(location: Location) -> list[Location]:
 
 
 def recognised(location: Location, encoding: str) -> Location:
-    """The location with its encoding: the one that is named, else that of its byte order mark, else UTF-8."""
-    if encoding == "auto":
-        with text_of(location) as text:
-            begin = exactly(text, 4)
-        encoding = next((name for mark, name in _BOMS.items() if begin.startswith(mark)), "utf-8")
+    """The location with its encoding: that of its byte order mark, else the one that is named, else UTF-8."""
+    with text_of(location) as text:
+        begin = exactly(text, 4)
+    named = "utf-8" if encoding == "auto" else encoding
+    encoding = next((name for mark, name in _BOMS.items() if begin.startswith(mark)), named)
     return msgspec.structs.replace(location, encoding=encoding)
 
 

@@ -45,6 +45,10 @@ class ReadItem(msgspec.Struct, frozen=True):
     def is_assessed(self) -> bool:
         return len(self.found) == len(self.facts)
 
+    def slim(self) -> ReadItem:
+        """Without what is merged over all items (`assessment.columns_of`)."""
+        return msgspec.structs.replace(self, found=[each.slim() for each in self.found])
+
 
 class PieceTask(msgspec.Struct, frozen=True):
     """One piece whose rows have sides."""

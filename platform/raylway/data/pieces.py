@@ -38,7 +38,7 @@ from raylway.features.prepared import MANIFEST
 FOLDER = "pieces"
 USED = "pieces.json"
 """In a prepared folder: the keys of its pieces."""
-VERSION = 3
+VERSION = 5
 """Raise it when a piece of the same text is stored in another way."""
 _UNUSED_S = 24 * 3600.0
 Record = TypeVar("Record")
@@ -125,7 +125,8 @@ def in_use(root: Path) -> Iterator[Path]:
 
 
 def sweep(root: Path, spent: list[str]) -> None:
-    """Remove pieces, unless some preparation runs now (its end sweeps them up a day later).
+    """Remove pieces and what killed processes left half written, unless some preparation runs now (its end
+    sweeps them up a day later).
 
     Args:
         root: The folder of the prepared folders.
@@ -143,6 +144,8 @@ def sweep(root: Path, spent: list[str]) -> None:
             unused = each.is_dir() and each.name not in named
             if unused and (each.name in spent or time.time() - each.stat().st_mtime > _UNUSED_S):
                 shutil.rmtree(each, ignore_errors=True)
+            for staged in each.glob(".*"):  # of a process that was killed
+                staged.unlink(missing_ok=True)
 
 
 def touch(folder: Path) -> None:

@@ -6,11 +6,13 @@ decides, from small facts, hashes and counts only: about 30 bytes for each row o
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,10 +35,10 @@ from raylway.data import (
 )
 from raylway.data import report as column_report
 from raylway.data.assessment import Counted
-from raylway.data.decide import Places
 from raylway.data.describe import SIDE
 from raylway.data.division import Division, Exceptions
 from raylway.data.generations import Start
+from raylway.data.items import Group
 from raylway.data.opening import Source, no_rows, open_source
 from raylway.data.outcome import Outcome
 from raylway.data.passes import PieceTask
@@ -45,13 +47,25 @@ from raylway.data.roles import Names, check_names
 from raylway.data.shards import Measured, To, Use, Written
 from raylway.data.split import TRAIN
 from raylway.features import derive, fit
-from raylway.features.fit import Question
-from raylway.features.prepared import DUPLICATES, FORMAT, MANIFEST, SPLITS, Lineage, Manifest, Prepared, Shard
+from raylway.features.fit import Part, Question
+from raylway.features.prepared import (
+    DUPLICATES,
+    FORMAT,
+    LINE_BITS,
+    MANIFEST,
+    SPLITS,
+    Lineage,
+    Manifest,
+    Prepared,
+    Shard,
+)
 from raylway.features.profile import profile
 from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
+
+Done = TypeVar("Done", Measured, Written)
 
 
 def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
@@ -130,7 +144,12 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
             decided.division.generations,
         ),
         warnings=warnings.find(outcome.subject(loaded, names, decided), sample),
-        profile=profile(sample.filter(pc.equal(sample[SIDE], TRAIN)), decided.signature),
+        profile=profile(
+            sample.filter(pc.equal(sample[SIDE], TRAIN)),
+            decided.signature,
+            {each.column for each in transform.categorical},
+            _missing(found, decided),
+        ),
         leak_test=leaks.leak_test(
             work.folder,
             written,
@@ -142,7 +161,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
         work.reporter.note(f"  {sentence}")
     for sentence in manifest.warnings:
         work.reporter.note(f"  warning: {sentence}")
-    _write_quarantine(work.folder, work.kept, tasks, found.assessment, source.places)
+    _write_quarantine(work.folder, work.kept, tasks, found.assessment, source)
     _write_duplicates(work.folder, decided.division.exceptions)
     empty = outcome.empty_columns(found.seen)
     columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
@@ -168,9 +187,9 @@ def _decide(
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
-        return engine.run(bound, tasks, Counted, few=reading.FEW_HERE)
+        return list(engine.run(bound, tasks, Counted, reading.FEW_HERE))
 
-    every = outcome.Pieces([one for _, _, one in each], tables, count)
+    every = outcome.Pieces([one for _, _, one in each], found.columns, tables, count)
     past = start.past.generations
     decided = outcome.conclude(loaded, source, names, found.rules, found.seen, every, past)
     if past and (decided.types, decided.task) != (start.past.types, start.past.task):
@@ -192,17 +211,25 @@ def _encode(
     samples: list[bytes] = []
     while isinstance(transform, Question):
         measure = functools.partial(passes.measure, **bound, question=transform, rate=rate)
-        measured = engine.run(measure, tasks, Measured, _rows(work.stage, rows, "rows measured"), work.few)
-        samples = samples or [each.sample for each in measured]
-        transform = fit.advance(use.plan, transform, (each.part for each in measured))
+        measured = _shown(work.stage, rows, "rows measured", engine.run(measure, tasks, Measured, work.few))
+        transform = fit.advance(use.plan, transform, (_part(each, samples) for each in measured))
     each = shards.rows_per_shard(transform)
     keys = [(task.facts.item, task.facts.number) for task in tasks]
     to = To(str(work.folder), dict(zip(keys, shards.numbering(decided.per_piece, each), strict=True)), each)
     write = functools.partial(passes.write, **bound, transform=transform, to=to)
-    written = engine.run(write, tasks, Written, _rows(work.stage, rows, "rows written"), work.few)
+    written = _shown(work.stage, rows, "rows written", engine.run(write, tasks, Written, work.few))
     every = [shard for part in written for shard in part.shards]
     every.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     return transform, every, describe.sampled(samples)
+
+
+def _missing(found: Found, decided: Outcome) -> dict[str, float]:
+    """By column, the share of its cells that are missing, among all rows that are not invalid."""
+    counts: Counter[str] = Counter()
+    for item in found.items:
+        for piece in item.found:
+            counts.update(piece.assessed.missing_by)
+    return {name: counts[name] / max(1, column.rows) for name, column in decided.described.columns.items()}
 
 
 def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -> leaks.Contents:
@@ -221,15 +248,19 @@ def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -
     return leaks.Contents(word["row"][rows], hashes, group, instant)
 
 
-def _rows(stage: Stage, total: int, unit: str) -> Callable[[Measured | Written], None]:
+def _shown(stage: Stage, total: int, unit: str, results: Iterator[Done]) -> Iterator[Done]:
     done = 0
-
-    def progress(result: Measured | Written) -> None:
-        nonlocal done
+    for result in results:
         done += result.rows
         stage.update(done, total, unit)
+        yield result
 
-    return progress
+
+def _part(measured: Measured, samples: list[bytes]) -> Part:
+    """What was measured; its sample goes to the others."""
+    if measured.sample:
+        samples.append(measured.sample)
+    return measured.part
 
 
 def _account(manifest: Manifest) -> str:
@@ -241,14 +272,23 @@ def _account(manifest: Manifest) -> str:
     )
 
 
-def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, places: Places) -> None:
+def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, source: Source) -> None:
+    groups: dict[int, list[Group]] = {}
+    for part in source.parts:
+        if isinstance(part, Group):
+            groups.setdefault(part.file, []).append(part)
     (folder / "quarantine").mkdir()
     with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
         for task in tasks:
             for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
-                name, line = places.split(reject.row_id)
-                record = {"file": name, "line": line, "column": reject.column, "reason": reject.reason}
-                file.write(msgspec.json.encode(record | {"cell": reject.cell}) + b"\n")
+                name, line = source.places.split(reject.row_id)
+                record: dict[str, object] = {"row_id": reject.row_id, "file": name, "line": line}
+                if some := groups.get(reject.row_id >> LINE_BITS):
+                    group = some[bisect.bisect_right(some, line, key=lambda each: each.first_row) - 1]
+                    if line < group.first_row + group.rows:
+                        record |= {"row_group": group.group, "row": line - group.first_row}
+                record |= {"column": reject.column, "reason": reject.reason, "cell": reject.cell}
+                file.write(msgspec.json.encode(record) + b"\n")
 
 
 def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:

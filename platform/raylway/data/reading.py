@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from raylway.data import assessment, csv_read, engine, items, passes, pieces
+from raylway.data.assessment import Columns
 from raylway.data.clean import Rules
 from raylway.data.columns import Seen
 from raylway.data.csv_text import Scan
@@ -40,6 +41,8 @@ class Found:
     """What the rows were held to."""
     types: Types
     seen: dict[str, Seen]
+    columns: Columns
+    """Over all rows that could be read."""
     assessment: str
     """Name of what became of the rows, beside each piece."""
 
@@ -67,14 +70,29 @@ def read(
     todo = _items(cut(source), past)
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
-    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES)
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, csv_read.RANGE_BYTES, [], how.decimal, how.missing_words)
+    total = sum(part.size for item in todo for part in item.parts) / 1e6
 
-    def over(todo: list[Item], function: Callable[..., ReadItem]) -> list[ReadItem]:
-        bound = functools.partial(function, reading=reading, order=order, folder=str(kept))
-        return engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, _megabytes(todo, stage), few)
+    def over(rules: Rules | None, must_fit: bool) -> tuple[list[ReadItem], Columns]:
+        bound = functools.partial(
+            passes.read, reading=reading, rules=rules, order=order, folder=str(kept), must_fit=must_fit
+        )
+        read: list[ReadItem] = []
+
+        def found() -> Iterator[assessment.Found]:
+            done = 0.0
+            for item in engine.run(bound, [pieces.keyed(item, reading) for item in todo], ReadItem, few):
+                done += item.size / 1e6
+                stage.update(min(done, total), total, "MB read")
+                yield from item.found
+                read.append(item.slim())
+
+        columns = assessment.columns_of(found())
+        return read, columns
 
     while True:
-        read = over(todo, functools.partial(passes.read, rules=rules, must_fit=False))
+        read, columns = over(rules, must_fit=False)
         if not sum(facts.read for item in read for facts in item.facts):
             raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
         seen = assessment.merged([facts.seen for item in read for facts in item.facts])
@@ -86,29 +104,20 @@ def read(
             continue
         refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
         if decided != rules or not all(item.is_assessed for item in read):
-            read = over(todo, functools.partial(passes.read, rules=decided, must_fit=True))
-        return Found(read, decided, types, seen, passes.assessment_of(decided, order))
+            read, columns = over(decided, must_fit=True)
+        return Found(read, decided, types, seen, columns, passes.assessment_of(decided, order))
 
 
 def _expected_rules(loaded: LoadedJob, source: Source, names: Names) -> Rules | None:
     """The rules under the types that the source's first bytes suggest; None where they suggest none."""
-    piece, _ = items.read_head(source.parts[0], Reading(source.columns, names.numeric, _EXPECT_BYTES))
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, _EXPECT_BYTES, [], how.decimal, how.missing_words)
+    piece, _ = items.read_head(source.parts[0], reading)
     try:
         types = assessment.types_of(loaded, names, piece.facts.seen, source.places)
         return assessment.rules_of(loaded, names, types)
     except UserError:  # the whole data may be right where its beginning is not
         return None
-
-
-def _megabytes(todo: list[Item], stage: Stage) -> Callable[[ReadItem], None]:
-    total, done = sum(part.size for item in todo for part in item.parts) / 1e6, 0.0
-
-    def progress(item: ReadItem) -> None:
-        nonlocal done
-        done += item.size / 1e6
-        stage.update(min(done, total), total, "MB read")
-
-    return progress
 
 
 def _items(parts: list[Part], past: list[Generation]) -> list[Item]:
@@ -136,7 +145,7 @@ def cut(source: Source) -> list[Part]:
     if not uncut:
         return source.parts
     every = [part for parts in uncut.values() for part in parts]
-    scans = iter(engine.run(items.scan, every, Scan, few=FEW_HERE))
+    scans = engine.run(items.scan, every, Scan, FEW_HERE)
     cut: list[Part] = []
     for index, part in enumerate(source.parts):
         pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]

@@ -82,19 +82,9 @@ def _role(name: str, column: Column, names: Names, roles: Roles, empty: list[str
         return "target", "the job names it" + (", derived" if name in names.derive else "")
     if name in names.drop:
         return "dropped", "listed under features.drop"
-    listed = {"numeric": names.numeric, "categorical": names.categorical, "date": names.date}
     for role, chosen in (("numeric", roles.numeric), ("categorical", roles.categorical), ("date", roles.date)):
         if name in chosen:
-            if column.distinct == 1 and not column.infinite:
-                return "constant", f"{role} feature with one value in every row"
-            if role == "numeric" and (looks := looks_like_identifier(name, column)):
-                return "identifier", f"numeric feature, but {looks}"
-            if name in listed[role]:
-                return role, f"listed under features.{role}"
-            if role == "numeric":
-                return role, "all its cells are numbers"
-            kind = "true and false" if column.type == "bool" else f"text with {column.distinct:,} different values"
-            return role, kind
+            return _role_of_feature(name, role, column, names)
     if leaks := sorted((names.reads(name) | names.derives(name)) & names.target_sources):
         return "unused", f"the target {names.target!r} derives from {leaks[0]!r}"
     if name in empty:
@@ -102,8 +92,24 @@ def _role(name: str, column: Column, names: Names, roles: Roles, empty: list[str
     if column.is_date:
         return "date", "all its texts are dates" + (f"; {roles.unused[name][1]}" if name in roles.unused else "")
     if name in roles.unused:
-        return roles.unused[name]
+        unused, why = roles.unused[name]
+        return unused, why + "; numbers with a comma" * column.has_decimal_commas
     return "unused", "only other columns derive from it"
+
+
+def _role_of_feature(name: str, role: str, column: Column, names: Names) -> tuple[str, str]:
+    if column.distinct == 1 and not column.infinite:
+        return "constant", f"{role} feature with one value in every row"
+    if role == "numeric" and (looks := looks_like_identifier(name, column)):
+        return "identifier", f"numeric feature, but {looks}"
+    if name in {"numeric": names.numeric, "categorical": names.categorical, "date": names.date}[role]:
+        return role, f"listed under features.{role}"
+    if role == "numeric":
+        return role, "all its cells are numbers"
+    if role == "date":
+        return role, "all its texts are dates"
+    kind = "true and false" if column.type == "bool" else f"text with {column.distinct:,} different values"
+    return role, kind + "; numbers with a comma" * column.has_decimal_commas
 
 
 def _histogram(sample: pa.Table | None, name: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Literal
 from raylway.errors import UserError
 from raylway.features.derive import Derivation, derivation
 from raylway.features.signature import Input, Signature, Task
+from raylway.features.texts import Values
 from raylway.job.load import LoadedJob
 
 FEW_CLASSES = 20
@@ -125,7 +126,7 @@ def choose_features(
         texts: Number of different values of each column of text.
         rows: Kept rows.
         empty: Columns without a present cell.
-        dates: Columns of text of which every present cell is a date.
+        dates: Columns of text whose cells are dates.
         where: For messages.
 
     Raises:
@@ -178,7 +179,13 @@ def choose_features(
 
 
 def signature(
-    names: Names, roles: Roles, types: dict[str, str], task: Task, classes: list[str], required: bool
+    names: Names,
+    roles: Roles,
+    types: dict[str, str],
+    task: Task,
+    classes: list[str],
+    required: bool,
+    missing: list[str],
 ) -> Signature:
     """What a row must hold to be answered: the source columns behind the features.
 
@@ -189,6 +196,7 @@ def signature(
         task: What the model does.
         classes: Class names in order.
         required: Whether a row must hold all of them; a job that imputes fills whatever is missing.
+        missing: Further texts and numbers that are missing cells.
     """
     computed = frozenset().union(*(names.reads(name) for name in roles.derive))
     direct = {*roles.numeric, *roles.categorical, *roles.date}
@@ -198,8 +206,9 @@ def signature(
             is_number = name in roles.numeric or (types[name] in ("int64", "float64") and name not in roles.categorical)
             is_number |= name in computed and types[name] in ("int64", "float64")
             kind: Literal["number", "category", "date"] = "number" if is_number else "category"
-            inputs.append(Input(name, "date" if name in roles.date else kind, required))
-    return Signature(task, names.target, inputs, classes)
+            values: Values = {"string": "text", "bool": "boolean"}.get(types[name], "number")  # type: ignore[assignment]
+            inputs.append(Input(name, "date" if name in roles.date else kind, required, values))
+    return Signature(task, names.target, inputs, classes, missing)
 
 
 def infer_task(asked: str, kind: str, whole: bool, values: int, rows: int) -> tuple[Task, str]:

@@ -62,7 +62,9 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     """
     source = open_source(loaded, head=True)
     names = check_names(loaded, source.columns)
-    pieces, share = _heads(source, names.numeric, max_bytes)
+    how = loaded.job.data.read
+    reading = Reading(source.columns, names.numeric, max_bytes, [], how.decimal, how.missing_words)
+    pieces, share = _heads(source, reading)
     if not pieces or (share == 1 and not sum(piece.facts.read for piece in pieces)):
         raise no_rows(loaded.location("data.source"), ", ".join(source.files[:5]))
     seen = assessment.merged([piece.facts.seen for piece in pieces])
@@ -70,13 +72,14 @@ def sample(loaded: LoadedJob, max_bytes: int = SAMPLE_BYTES) -> Sample:
     refuse_infinite(seen, types.of, loaded.job.data.clean, set(names.drop), source.places)
     rules = assessment.rules_of(loaded, names, types)
     if again := lost(seen, types.of):
-        pieces, share = _heads(source, names.numeric, max_bytes, again)
+        pieces, share = _heads(source, msgspec.structs.replace(reading, as_text=again))
     order = assessment.ordering_of(loaded, source)
     both = [assessment.found_of(piece, rules, order) for piece in pieces]
     assessed, tables = [found for found, _, _ in both], [table for _, table, _ in both]
     found: Outcome | Preview
     if share == 1:
-        every = outcome.Pieces(assessed, tables, functools.partial(_count, assessed, tables))
+        columns = assessment.columns_of(assessed)
+        every = outcome.Pieces(assessed, columns, tables, functools.partial(_count, assessed, tables))
         found = outcome.conclude(loaded, source, names, rules, seen, every)
         rows, train, validation = found.account.kept, found.account.train, found.account.validation
     else:
@@ -115,17 +118,15 @@ def _count(
     ]
 
 
-def _heads(
-    source: Source, numeric: list[str], limit: int, as_text: list[str] | None = None
-) -> tuple[list[Piece], float]:
-    """Pieces from the beginning of the source, and which share of it they are."""
+def _heads(source: Source, reading: Reading) -> tuple[list[Piece], float]:
+    """Pieces from the beginning of the source, together about `piece_bytes`, and which share of it they are."""
     pieces: list[Piece] = []
     covered = 0.0
-    left = limit
+    left = reading.piece_bytes
     for part in source.parts:
         if left <= 0:
             break
-        piece, share = items.read_head(part, Reading(source.columns, numeric, left, as_text or []))
+        piece, share = items.read_head(part, msgspec.structs.replace(reading, piece_bytes=left))
         pieces.append(piece)
         covered += share * part.size
         left -= int(share * part.size) + 1

@@ -113,7 +113,8 @@ class Set(msgspec.Struct, frozen=True):
     by_column: dict[str, int]
     by_file: dict[str, int]
     rows: list[dict[str, Any]]
-    """Quarantined: file, line, column, reason, cell."""
+    """Quarantined: row_id, file, line (of Parquet and Arrow files the row's number from 1, and row_group and row in it
+    from 0), column, reason, cell."""
     duplicate_rows: list[dict[str, Any]]
     """file, line, first_file, first_line."""
 
@@ -153,7 +154,7 @@ def quarantine_text(found: Set, missing: int) -> str:
         lines += [f"    {count:>9,}  {name}" for name, count in list(counts.items())[:20]]
     for row in found.rows:
         column = f", column {row['column']!r}" if row["column"] else ""
-        lines.append(f"{row['file']}:{row['line']}{column}: {row['reason']}: {row['cell']!r}")
+        lines.append(f"{_words(row)}{column}: {row['reason']}: {row['cell']!r}")
     if len(found.rows) < found.quarantined:
         lines.append(f"... and {found.quarantined - len(found.rows):,} more (--limit)")
     for row in found.duplicate_rows:
@@ -161,6 +162,13 @@ def quarantine_text(found: Set, missing: int) -> str:
     if len(found.duplicate_rows) < found.duplicates:
         lines.append(f"... and {found.duplicates - len(found.duplicate_rows):,} more duplicates (--limit)")
     return "\n".join(lines)
+
+
+def _words(row: dict[str, Any]) -> str:
+    """Where a quarantined row is."""
+    if "row_group" in row:
+        return f"{row['file']}, row {row['line']} (row group {row['row_group']}, row {row['row']} in it)"
+    return f"{row['file']}:{row['line']}"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -176,14 +184,14 @@ def _profile(folder: Path) -> list[dict[str, Any]]:
 
 
 def _row_id(row: str, files: list[str]) -> int:
-    if row.isdigit():
+    if _is_number(row):
         row_id = int(row)
         if row_id >> LINE_BITS < len(files):
             return row_id
         raise UserError("there is no such row id", where=row, expected=f"a row of {len(files)} file(s)")
     name, _, line = row.rpartition(":")
     matches = [index for index, file in enumerate(files) if file == name or file.endswith("/" + name)]
-    if not line.isdigit() or len(matches) != 1:
+    if not _is_number(line) or int(line) >> LINE_BITS or len(matches) != 1:
         raise UserError(
             "this does not name one row" if len(matches) < 2 else "more than one file is called so",
             where=row,
@@ -192,6 +200,11 @@ def _row_id(row: str, files: list[str]) -> int:
             fix=f"such as {files[0]}:2" if files else "",
         )
     return (matches[0] << LINE_BITS) + int(line)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number in ASCII digits, of a length that Python reads."""
+    return text.isascii() and text.isdecimal() and len(text) <= 40
 
 
 def _location(loaded: LoadedJob, file: str, index: int) -> Location:

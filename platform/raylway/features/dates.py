@@ -2,8 +2,8 @@
 
 What is a date, `YYYY-MM-DD`, alone or followed by `T` or a space and a time: `HH`, `HH:MM`, `HH:MM:SS` or
 `HH:MM:SS.ffffff` (a comma does as well; digits beyond the microsecond are cut off), and then perhaps a zone: `Z`,
-`UTC`, `+HH`, `+HHMM` or `+HH:MM`. Spaces around it do not count. The year has four digits, 0001 to 9999, and the date
-must exist. A text without a zone is meant in UTC, one without a time is the first instant of its day.
+`UTC`, `+HH`, `+HHMM` or `+HH:MM`. Blanks around it do not count. The year has four digits, 0001 to 9999, and the
+date must exist. A text without a zone is meant in UTC, one without a time is the first instant of its day.
 
 What is none, on purpose: `20130101` and `2013` (numbers), `01/02/2013` and `1.2.2013` (day and month can't be told
 apart), weeks, ordinal dates, a time alone, hour 24 and leap seconds.
@@ -21,7 +21,7 @@ _FIRST, _LAST = -719_162 * DAY, 2_932_897 * DAY - 1
 """Of the years 1 and 9999: a zone may lead out of them."""
 
 _PATTERN = (
-    r"^ *(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})"
+    r"^[ \t]*(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})"
     r"(?:[Tt ](?P<hour>\d{2})(?::(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
     r"(?: ?(?:[Zz]|UTC|(?P<sign>[+-])(?P<zone_hour>\d{2})(?::?(?P<zone_minute>\d{2}))?))?)? *$"
 )

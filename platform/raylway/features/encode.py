@@ -101,15 +101,16 @@ class Categories:
     def __init__(self, feature: CategoricalFeature) -> None:
         self._fill = feature.most_frequent
         self._fold = _are_booleans(feature.known)
-        names = pa.array(feature.known, pa.string())
-        self._known = pc.utf8_lower(names) if self._fold else names
+        self._known = self.spelt(pa.array(feature.known, pa.string()))
         self._last = feature.count
+
+    def spelt(self, texts: pa.Array) -> pa.Array:
+        """N canonical texts, true and false in one spelling where they are the categories."""
+        return pc.utf8_lower(texts) if self._fold else texts
 
     def codes(self, texts: pa.Array) -> np.ndarray:
         """int32 [N] of N canonical texts, null for missing."""
-        filled = pc.fill_null(texts, self._fill)
-        if self._fold:
-            filled = pc.utf8_lower(filled)
+        filled = self.spelt(pc.fill_null(texts, self._fill))
         found = pc.fill_null(pc.index_in(filled, self._known), -1).to_numpy(zero_copy_only=False) + 1
         return np.minimum(found, self._last).astype(np.int32)  # the rare ones stand last
 

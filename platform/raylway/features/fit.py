@@ -28,6 +28,7 @@ from raylway.features.moments import Frequent, Moments, most_frequent
 from raylway.features.plan import Feature, FitPlan, point_shares
 from raylway.features.quantiles import Found, Histogram, Wanted
 from raylway.features.schema import sorted_names
+from raylway.features.shapes import shapes
 from raylway.features.transform import Transform
 
 _MOST_VALUES = 1 << 21
@@ -35,7 +36,7 @@ _MOST_VALUES = 1 << 21
 MOST_ONE_HOT = 4096
 """Codes of a feature with one-hot categories: each is a number in every row."""
 _MOST_TEXTS = 16
-"""Kept of a column that only derived features read, for made-up rows."""
+"""Shapes kept of a column that only derived features read, for made-up rows."""
 _MOST_SCALED = 1e30
 """Larger numbers leave no room in float32 for the model's products."""
 
@@ -51,7 +52,7 @@ class Part(msgspec.Struct):
     """Of categories."""
     frequent: dict[str, list[Frequent]] = {}
     texts: dict[str, dict[str, int]] = {}
-    """Of the columns behind derived features: the most frequent ones."""
+    """Of the columns behind derived features: the most frequent shapes (`shapes`)."""
     target: Moments = msgspec.field(default_factory=Moments)
     histograms: dict[str, Histogram] = {}
     values: dict[str, bytes] = {}
@@ -104,7 +105,7 @@ def measure(table: pa.Table, plan: FitPlan, question: Question) -> Part:
         part.missing[feature.key] = texts.null_count
     for name in plan.behind:
         if pa.types.is_string(table.schema.field(name).type):
-            part.texts[name] = _frequent(_counts(columns.text(name)))
+            part.texts[name] = _frequent(_counts(shapes(columns.text(name))))
         else:
             part.moments[name] = Moments.of(columns.number(name))
     if plan.task == "regression":
@@ -233,7 +234,10 @@ def _number(feature: Feature, known: Part, found: Found | None) -> NumericFeatur
     count, spread = moments.count, moments.spread
     # without a present training cell there is no range, and JSON has no infinity
     low, high = (moments.minimum, moments.maximum) if count else (0.0, 0.0)
-    varies = low < high
+    ends = np.array([low, high])
+    if feature.scale == "log":
+        ends = signed_log(ends)
+    varies = bool(ends[0] < ends[1])
     median, centre, unit = 0.0, 0.0, 1.0
     points: list[float] = []
     edges: list[float] = []
@@ -249,7 +253,8 @@ def _number(feature: Feature, known: Part, found: Found | None) -> NumericFeatur
             points = found.at(point_shares(count), count).tolist()
         if feature.how.bins:
             edges = np.unique(found.at(feature.bin_shares, count)).tolist()
-    if varies and max(abs(low - centre), abs(high - centre)) > _MOST_SCALED * (unit or 1.0) and not (points or edges):
+    far = float(np.abs(ends - centre).max())
+    if varies and far > _MOST_SCALED * (unit or 1.0) and not (points or edges):
         raise _too_large(feature.name, moments)
     return NumericFeature(
         name=feature.name,

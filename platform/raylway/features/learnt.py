@@ -78,7 +78,7 @@ class Behind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum: float
     """Of numbers; 0 of texts."""
     texts: list[str]
-    """Frequent ones, the most frequent first; empty of numbers."""
+    """Shapes of frequent ones (`features.shapes`), the most frequent first, never a text itself; empty of numbers."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

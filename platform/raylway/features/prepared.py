@@ -2,7 +2,7 @@
 
     manifest.json            written last; without it the folder does not exist
     <split>-<number>.arrow   Arrow IPC files, memory-mapped
-    quarantine/rows.jsonl    one invalid row a line: file, line, column, reason, cell
+    quarantine/rows.jsonl    one invalid row a line: row_id, file, line, row_group, row, column, reason, cell
     quarantine/duplicates.arrow   row_id of every row that is left out as a duplicate, and first_row_id that it repeats
     profile.json             columns as they were found and what was decided about them
 
@@ -26,7 +26,7 @@ from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
@@ -72,10 +72,12 @@ class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For a split by group."""
     out_of_order: int | None = None
     """For a split by time: sides that begin before an earlier one ends."""
+    foreign: int = 0
+    """Rows of the shards that are no kept row, or one that stands in its shard already."""
 
     @property
     def passed(self) -> bool:
-        found = self.unplaced, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
+        found = self.unplaced, self.foreign, self.row_ids_on_two_sides, self.equal_rows_on_two_sides
         return not any((*found, self.groups_on_two_sides, self.out_of_order))
 
 

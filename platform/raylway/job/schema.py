@@ -61,6 +61,14 @@ class Read(Section):
     """Of text files, such as `cp1252`; `auto`: by the byte order mark, else UTF-8."""
     columns: list[Text] = []
     """Names of the columns of CSV files without a heading."""
+    decimal: Literal[".", ","] = "."
+    """The decimal sign of numbers in CSV files."""
+    missing: list[Text | int | float] = []
+    """Further cells that are missing, in every column: texts such as `?`, numbers such as -999."""
+
+    @property
+    def missing_words(self) -> list[str]:
+        return [str(word) for word in self.missing]
 
 
 class ColumnTransform(Section):
@@ -178,9 +186,10 @@ class Split(Section):
 
 class Data(Section):
     source: Text | list[Text] | Files
-    """A file, glob or folder; `s3://bucket/path`; `pkg://package/path`; `python://module:function`
-    (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a source of its own: the split
-    is then theirs. A relative path is looked for beside the job file, then in the current folder."""
+    """A file, glob or folder; `s3://bucket/path` or `gs://bucket/path`; `https://host/file.csv`; `pkg://package/path`;
+    `python://module:function` (returns a table); or a list of these. Or `train`, `validation` and `test`, each such a
+    source of its own: the split is then theirs. A relative path is looked for beside the job file, then in the current
+    folder."""
     read: Read = Read()
     target: str
     """The column to predict; may be a derived one."""
@@ -297,6 +306,28 @@ class Resources(Section):
     """`auto`: one where the cluster has GPUs, else none."""
 
 
+class Parallel(Section):
+    """How one copy of the model is divided among workers; one of the three, for models too large for one worker."""
+
+    shard: Count = 1
+    """Weights, gradients and optimizer state lie in so many parts; each worker has rows of its own."""
+    tensor: Count = 1
+    """Each layer is computed by so many workers together, on the same rows."""
+    pipeline: Count = 1
+    """The layers are cut into so many stages; microbatches pass through them one behind the other."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Of the pipeline: a backward pass follows each forward pass as soon as it can, or all of them come at the end."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Parallel:
+        chosen = [name for name in ("shard", "tensor", "pipeline") if getattr(self, name) > 1]
+        if len(chosen) > 1:
+            raise ValueError(f"expected one of shard, tensor and pipeline above 1; found {' and '.join(chosen)}")
+        if "schedule" in self.model_fields_set and self.pipeline == 1:
+            raise ValueError("expected schedule with a pipeline above 1 only")
+        return self
+
+
 class Checkpoint(Section):
     every: Interval = Duration(5, "min")
     keep: Count = 3
@@ -327,8 +358,10 @@ class Train(Section):
     """Classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class); `resample`
     draws each class equally often, with as many rows an epoch as there are."""
     workers: Count | Auto = "auto"
-    """`auto`: one for each GPU of the cluster, or one."""
+    """Training processes, those that share a copy of the model included. `auto`: one for each GPU of the cluster, or as
+    few as `parallel` needs."""
     resources: Resources = Resources()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validate = Field(default=Validate(), alias="validate")
 

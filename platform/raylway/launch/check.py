@@ -64,8 +64,10 @@ class Findings:
         found, job = self.plan, self.loaded.job.train
         size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
         yield f"workers     {found.workers} with {size} each, {found.precision}"
+        yield f"parallel    {found.division}"
+        sharing = f"groups of {found.division.sharers}" if found.division.sharers > 1 else "workers"
         yield (
-            f"step        global batch {found.global_batch:,} = {found.workers} workers x {found.accumulation} "
+            f"step        global batch {found.global_batch:,} = {found.data_ranks} {sharing} x {found.accumulation} "
             f"microbatches of at most {found.microbatch:,} rows"
         )
         yield f"length      {found.total_steps:,} steps = {found.epochs:g} epochs of {found.steps_per_epoch:,} steps"

@@ -50,10 +50,53 @@ class Mlp(nn.Module):
             categorical: int64 [N, C]
 
         Returns:
-            float32 [N, K]
+            [N, K] in the dtype of the weights
         """
-        embedded = [embedding(categorical[:, index]) for index, embedding in enumerate(self.embeddings)]
-        return self.layers(torch.cat([numeric, *embedded], dim=1))
+        return self.layers(joined(self.embeddings, _dtype(self.layers), numeric, categorical))
+
+
+class Stage(nn.Module):
+    """Some layers of a network, one behind the other, under the names that their parameters have in the whole.
+
+    Args:
+        whole: The network.
+        first: The first of its linear layers that is in this stage, from 0.
+        last: The one behind this stage.
+    """
+
+    def __init__(self, whole: Mlp, first: int, last: int) -> None:
+        super().__init__()
+        starts = [place for place, layer in enumerate(whole.layers.children()) if isinstance(layer, nn.Linear)]
+        ends = [*starts, len(whole.layers)]
+        self.layers = whole.layers[starts[first] : ends[last]]
+        self.embeddings = whole.embeddings if first == 0 else nn.ModuleList()
+        linears = [layer for layer in self.layers.children() if isinstance(layer, nn.Linear)]
+        self.width_in, self.width_out = linears[0].in_features, linears[-1].out_features
+        self.dtype = _dtype(self.layers)
+        self._is_first = first == 0
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            inputs: What `Mlp.forward` takes, or the output of the stage before, [N, width_in].
+
+        Returns:
+            [N, width_out] in the dtype of the weights
+        """
+        hidden = joined(self.embeddings, self.dtype, *inputs) if self._is_first else inputs[0]
+        return self.layers(hidden).to(self.dtype)
+
+
+def joined(
+    embeddings: nn.ModuleList, dtype: torch.dtype, numeric: torch.Tensor, categorical: torch.Tensor
+) -> torch.Tensor:
+    """The first layer's input, [N, D and the widths of the embeddings]: numbers, then embedded categories."""
+    embedded = [embedding(categorical[:, index]) for index, embedding in enumerate(embeddings)]
+    return torch.cat([numeric.to(dtype), *embedded], dim=1)
+
+
+def _dtype(layers: nn.Module) -> torch.dtype:
+    return next(layers.parameters()).dtype
 
 
 def embedding_width(count: int) -> int:

@@ -11,6 +11,7 @@ parts without `_SUCCESS`).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -53,6 +54,11 @@ class Output(msgspec.Struct, frozen=True):
     def path(self) -> Path:
         """Of a local output, absolute."""
         return Path(self.place).absolute()
+
+    @property
+    def scheme(self) -> str:
+        """Of a remote output."""
+        return self.place.partition("://")[0]
 
     @property
     def key(self) -> str:
@@ -101,32 +107,41 @@ def output_of(place: str | None, wanted: str | None) -> Output:
     scheme = place.partition("://")[0] if "://" in place else ""
     refuse_credentials(place, "--output")
     if scheme and scheme not in remote.SCHEMES:
-        raise UserError("answers can't be written there", place, "a path or s3://bucket/path", f"{scheme}://")
+        raise UserError(
+            "answers can't be written there", place, "a path, s3://bucket/path or gs://bucket/path", f"{scheme}://"
+        )
     return Output(place.rstrip("/"), _format(wanted or (ending if not is_folder else "parquet")), is_folder)
 
 
 def refuse_taken(output: Output) -> None:
-    """See, before anything is answered, that the place can be written.
+    """See that nothing is overwritten.
 
     Raises:
-        UserError: The bucket can't be read, or the folder is there already. In a bucket the parts of a prediction
-            that was killed don't count; they are removed.
+        UserError: The bucket can't be read, or the file or folder is there already. In a bucket the parts of a
+            prediction that was killed don't count; they are removed.
     """
-    is_taken = output.is_folder and not output.is_remote and output.path.exists()
+    is_taken = bool(output.place) and not output.is_remote and output.path.exists()
     if output.is_remote:
-        system = remote.system()
+        system = remote.system(output.scheme)
         try:
             there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
-            is_taken = output.is_folder and len(left) < sum(each.is_file for each in there)
+            is_taken = len(left) < sum(each.is_file for each in there)
+            if not output.is_folder:
+                is_taken = system.get_file_info(output.key).is_file
             for path in [] if is_taken or not output.is_folder else left:
                 system.delete_file(path)
-        except OSError as error:
+        except remote.FAILURES as error:
             raise remote.unreadable(output.place, "--output", error) from None
     if is_taken:
-        raise UserError(
-            "the folder is there already", output.place, "a new folder", fix="name another one, or remove it first"
-        )
+        raise _taken(output)
+
+
+def _taken(output: Output) -> UserError:
+    what = "folder" if output.is_folder else "file"
+    return UserError(
+        f"the {what} is there already", output.place, f"a new {what}", fix="name another one, or remove it first"
+    )
 
 
 def _format(name: str) -> Format:
@@ -214,8 +229,9 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
         out: Standard output.
 
     Raises:
-        UserError: The place can't be written.
+        UserError: The place can't be written, or something has come there meanwhile.
     """
+    refuse_taken(output)  # another prediction may have been faster
     try:
         if output.is_folder:
             _commit_folder(output, columns, parts)
@@ -224,9 +240,11 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
             out.flush()
         else:
             _commit_file(output, columns, parts)
-    except OSError as error:
+    except remote.FAILURES as error:
         if output.is_remote:
             raise remote.unreadable(output.place, "--output", error) from None
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             "the answers can't be written", output.place or "standard output", found=error.strerror or str(error)
         ) from None
@@ -248,16 +266,26 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
             _append(parts.refused, file)
         moved.append((whole, REJECTS))
     if output.is_remote:
-        system, prefix = remote.system(), output.key
+        system, prefix = remote.system(output.scheme), output.key
         for path, name in moved:
             _upload(path, system, f"{prefix}/{name}")
         with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
             stream.write(success)
         return
-    with storage.staged_folder(output.path) as folder:
-        for path, name in moved:
-            path.replace(folder / name)
-        storage.write_bytes(folder / SUCCESS, success)
+    folder = parts.scratch / "folder"
+    folder.mkdir()
+    for path, name in moved:
+        with path.open("rb") as file:
+            os.fsync(file)
+        path.replace(folder / name)
+    storage.write_bytes(folder / SUCCESS, success)
+    try:
+        folder.rename(output.path)
+    except OSError:
+        if output.path.exists():
+            raise _taken(output) from None
+        raise
+    storage.sync_folder(output.path.parent)
 
 
 def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
@@ -272,7 +300,7 @@ def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
         file.flush()
         os.fsync(file)
     if output.is_remote:
-        system, address = remote.system(), output.key
+        system, address = remote.system(output.scheme), output.key
         if parts.refused:
             _upload(refused, system, f"{address}.{REJECTS}")
         elif system.get_file_info(f"{address}.{REJECTS}").type == pafs.FileType.File:
@@ -316,6 +344,16 @@ def _count_lines(path: Path) -> int:
 
 
 def _upload(path: Path, system: pafs.FileSystem, target: str) -> None:
-    """Copy a file to a bucket, in parts of some MB; the object is there when it is whole."""
-    with path.open("rb") as file, system.open_output_stream(target) as stream:
-        shutil.copyfileobj(file, stream, 8 << 20)
+    """Copy a file to a bucket, in parts of some MB; the object is there when it is whole.
+
+    To close a stream of Arrow, or to let go of it, completes the object with what has come so far: the stream of an
+    upload that is interrupted is kept for ever.
+    """
+    stream = system.open_output_stream(target)
+    try:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, stream, 8 << 20)
+    except BaseException:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+        raise
+    stream.close()

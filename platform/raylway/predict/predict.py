@@ -8,6 +8,7 @@ some ten thousand of them.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class Asked(msgspec.Struct, frozen=True):
 
     bundle: str
     files: list[str]
+    how: inputs.How
     output: Output
     scratch: str
 
@@ -95,7 +97,7 @@ def predict(loaded: LoadedJob, bundle: Path, source: str, output: Output, report
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
     with _scratch(output, bundle) as scratch:
-        asked = Asked(str(bundle), opened.files, output, str(scratch))
+        asked = Asked(str(bundle), opened.files, opened.how, output, str(scratch))
         with nullcontext() if is_small else _connected(loaded, reporter):
             todo = opened.items(is_cut=not is_small)
             results = map(Answerer(asked, predictor).answer, todo) if is_small else _on_ray(asked, todo)
@@ -128,16 +130,18 @@ class Answerer:
         record = self._predictor.bundle.record
         columns = schema(record.signature)
         writer = PartWriter(_part(self._scratch, item.index), self._asked.output, columns)
-        answered, refused = 0, []
-        for block in inputs.read(item, record.signature, record.transform):
-            table, rejects = self._answers(block)
-            writer.write(table.cast(columns))
-            answered += table.num_rows
-            refused += rejects
+        listed = _rejects(self._scratch, item.index)
+        staged = listed.with_name(f".{listed.name}-{secrets.token_hex(6)}")
+        answered = refused = 0
+        with staged.open("wb") as file:
+            for block in inputs.read(item, record.signature, self._asked.how):
+                table, rejects = self._answers(block)
+                writer.write(table.cast(columns))
+                file.write(msgspec.json.Encoder().encode_lines(rejects))
+                answered, refused = answered + table.num_rows, refused + len(rejects)
         writer.close()
-        encoder = msgspec.json.Encoder()
-        storage.write_bytes(_rejects(self._scratch, item.index), encoder.encode_lines(refused))
-        return Done(item.index, answered, len(refused))
+        staged.replace(listed)
+        return Done(item.index, answered, refused)
 
     def _answers(self, block: inputs.Block) -> tuple[pa.Table, list[Rejected]]:
         """The answers to a block's rows, and those that have none, each in the order of the file."""

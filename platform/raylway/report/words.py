@@ -65,6 +65,7 @@ def leaks(found: LeakTest) -> str:
     tests = [
         (found.row_ids_on_two_sides, "row stands on two sides", "rows stand on two sides"),
         (found.unplaced, "kept row is in no shard", "kept rows are in no shard"),
+        (found.foreign, "row of a shard is no kept row", "rows of the shards are no kept rows"),
         (found.equal_rows_on_two_sides, "content of rows is on two sides", "contents of rows are on two sides"),
         (found.groups_on_two_sides, "group is on two sides", "groups are on two sides"),
         (found.out_of_order, "side begins before an earlier one ends", "sides begin before an earlier one ends"),

@@ -19,7 +19,7 @@ from raylway.models import registry
 from raylway.runs.run import Run
 from raylway.train import checkpoint, failures, optim, strategy
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints
+from raylway.train.checkpoint import Checkpoints, State
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
@@ -48,20 +48,21 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     """
     found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
     state = found.state if found else None
-    plan = msgspec.structs.replace(task.plan, microbatch=state.microbatch) if state else task.plan
+    plan = _with_microbatch(task.plan, state)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(Path(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
-    optimizer = optim.optimizer(module, job.train.optimizer)
     precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
-    average = Average(module, job.train.optimizer.ema)
+    model = strategy.parallel(module, groups, plan, precision)
+    optimizer = optim.optimizer(model.module, job.train.optimizer)
+    average = Average(model.module, job.train.optimizer.ema)
     if found and state:
-        checkpoint.restore(found, module, optimizer, average)
+        checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
-    share = Share(groups.rank, groups.workers, plan.global_batch, plan.microbatch)
+    share = Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
 
     validation = None
     if plan.validate_every_steps is not None:
@@ -69,7 +70,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         weights = _weights(prepared) if job.train.balance != "none" else None
         rows = prepared.rows("validation", verify=True)
         order = Order([shard.rows for shard in prepared.shards("validation")], None)
-        validation = Validation(Feed(rows, order, share, target, device, weights), target, precision, groups)
+        validation = Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -77,7 +78,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         plan=plan,
         groups=groups,
         device=device,
-        model=strategy.parallel(module, groups),
+        model=model,
         optimizer=optimizer,
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
@@ -90,6 +91,14 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, _with_whole(run, state.progress) if state else Progress()
+
+
+def _with_microbatch(plan: Plan, state: State | None) -> Plan:
+    """The plan with the microbatch that the run began with, so that the same sums are made; a pipeline needs its own,
+    because a smaller number of passes than stages does not work."""
+    if state is None or plan.division.kind == "pipeline":
+        return plan
+    return msgspec.structs.replace(plan, microbatch=state.microbatch)
 
 
 def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:

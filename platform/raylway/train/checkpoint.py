@@ -11,11 +11,9 @@ never writes into the folder of another, so what a dead one left behind can't mi
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.train import messages
 from raylway.train.average import Average
+from raylway.train.chunks import File, Place, Wanted, as_part, chunks_in, place_of, read, shapes, whole
 from raylway.train.progress import Progress
-from raylway.train.strategy import Groups
+from raylway.train.strategy import Groups, Parallel, local
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -51,22 +50,6 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From `settings_of`."""
 
 
-class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor, or the part of one that this file holds."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    offsets: list[int]
-
-
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: str
-    bytes: int
-    checksum: str
-    chunks: list[Chunk] = []
-
-
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     step: int
@@ -85,31 +68,9 @@ class Checkpoint:
     def state(self) -> State:
         return storage.read_record(self.folder / STATE, State)
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Every tensor whose name starts with the prefix, by the rest of its name, whole, on the CPU."""
-        from safetensors import safe_open
-
-        found: dict[str, torch.Tensor] = {}
-        shapes = self._shapes(prefix)
-        for file in self.manifest.files:
-            chunks = [chunk for chunk in file.chunks if chunk.name.startswith(prefix)]
-            if not chunks:
-                continue
-            with safe_open(self.folder / file.name, framework="pt") as opened:
-                for chunk in chunks:
-                    part = opened.get_tensor(chunk.name)
-                    name = chunk.name.removeprefix(prefix)
-                    whole = found.setdefault(name, torch.empty(shapes[chunk.name], dtype=part.dtype))
-                    place = [slice(at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True)]
-                    whole[tuple(place)] = part
-        return found
-
-    def _shapes(self, prefix: str) -> dict[str, list[int]]:
-        shapes: dict[str, list[int]] = {}
-        for chunk in (chunk for file in self.manifest.files for chunk in file.chunks if chunk.name.startswith(prefix)):
-            ends = [at + size for at, size in zip(chunk.offsets, chunk.shape, strict=True)]
-            shapes[chunk.name] = [max(pair) for pair in zip(ends, shapes.get(chunk.name, ends), strict=True)]
-        return shapes
+    def tensors(self, prefix: str, wanted: Wanted = whole) -> dict[str, torch.Tensor]:
+        """Tensors whose names start with the prefix, by the rest of their names, on the CPU; see `chunks.read`."""
+        return read(self.folder, self.manifest.files, prefix, wanted)
 
 
 def name(step: int, attempt: int) -> str:
@@ -190,25 +151,67 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> None:
-    """Put a checkpoint's weights, their average and the optimizer's state where training left them.
+def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer, average: Average) -> None:
+    """Put a checkpoint's weights, their average and the optimizer's state where training left them; each rank reads the
+    parts it holds.
 
     Raises:
         UserError: The checkpoint is of another model or optimizer.
     """
-    weights = found.tensors(MODEL)
-    here = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    if here != {key: tensor.shape for key, tensor in weights.items()}:
-        differ = sorted(key for key in here.keys() | weights.keys() if key not in here or key not in weights)
-        raise UserError(
-            "the checkpoint is of another model",
-            where=str(found.folder),
-            expected="the same parameters with the same shapes",
-            found=f"differences in {', '.join(differ) or 'shapes'}",
-            fix="remove the run's folder to train the changed model from the start",
-        )
-    saved = found.state.optimizer
-    kinds = [[str(settings.get("kind")) for settings in groups] for groups in (settings_of(optimizer), saved)]
+    _refuse_another(found, model)
+    _refuse_other_settings(found, optimizer, average)
+    for prefix, here in ((MODEL, model.module.state_dict()), (AVERAGE, average.weights)):
+        for key, part in found.tensors(prefix, _place_in(here)).items():
+            local(here[key]).copy_(part)
+    parameters = dict(model.module.named_parameters())
+
+    def wanted(key: str, shape: list[int]) -> Place | None:
+        parameter = parameters.get(key.rpartition(".")[0])
+        if parameter is None:
+            return None
+        return place_of(parameter) if shape == list(parameter.shape) else whole(key, shape)
+
+    entries: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+    for key, part in found.tensors(OPTIMIZER, wanted).items():
+        parameter_name, _, entry = key.rpartition(".")
+        parameter = parameters[parameter_name]
+        is_like_it = part.shape == local(parameter).shape
+        entries.setdefault(parameter, {})[entry] = as_part(part, parameter) if is_like_it else part
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {parameter: place for place, parameter in enumerate(order)}
+    groups = [
+        group
+        | {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in group}
+        | {"params": [index[parameter] for parameter in group["params"]]}
+        for settings, group in zip(found.state.optimizer, optimizer.param_groups, strict=True)
+    ]
+    state = {index[parameter]: entries[parameter] for parameter in order if parameter in entries}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _place_in(here: dict[str, torch.Tensor]) -> Wanted:
+    return lambda key, shape: place_of(here[key]) if key in here else None
+
+
+def _refuse_another(found: Checkpoint, model: Parallel) -> None:
+    here = {key: list(shape) for key, shape in model.shapes.items()}
+    there = shapes(found.manifest.files, MODEL)
+    if here == there:
+        return
+    differ = sorted(key for key in here.keys() | there.keys() if key not in here or key not in there)
+    raise UserError(
+        "the checkpoint is of another model",
+        where=str(found.folder),
+        expected="the same parameters with the same shapes",
+        found=f"differences in {', '.join(differ) or 'shapes'}",
+        fix="remove the run's folder to train the changed model from the start",
+    )
+
+
+def _refuse_other_settings(found: Checkpoint, optimizer: torch.optim.Optimizer, average: Average) -> None:
+    kinds = [
+        [str(settings.get("kind")) for settings in groups] for groups in (settings_of(optimizer), found.state.optimizer)
+    ]
     if kinds[0] != kinds[1]:
         raise UserError(
             "the checkpoint is of another optimizer",
@@ -217,33 +220,15 @@ def restore(found: Checkpoint, module: torch.nn.Module, optimizer: torch.optim.O
             found=f"that of {', '.join(dict.fromkeys(kinds[1]))}",
             fix="remove the run's folder to train with the changed optimizer from the start",
         )
-    averages = found.tensors(AVERAGE)
-    if averages.keys() != average.weights.keys():
+    averaged = shapes(found.manifest.files, AVERAGE)
+    if bool(averaged) != bool(average.weights):
         raise UserError(
             "the checkpoint does not fit train.optimizer.ema",
             where=str(found.folder),
             expected="averaged weights" if average.weights else "no averaged weights",
-            found="some" if averages else "none",
+            found="some" if averaged else "none",
             fix="remove the run's folder to train from the start",
         )
-    module.load_state_dict(weights)
-    for key, tensor in averages.items():
-        average.weights[key].copy_(tensor)
-    names = {parameter: key for key, parameter in module.named_parameters()}
-    entries: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in found.tensors(OPTIMIZER).items():
-        parameter_name, _, entry = key.rpartition(".")
-        entries.setdefault(parameter_name, {})[entry] = tensor
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {parameter: place for place, parameter in enumerate(order)}
-    groups = [
-        group
-        | {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in group}
-        | {"params": [index[parameter] for parameter in group["params"]]}
-        for settings, group in zip(saved, optimizer.param_groups, strict=True)
-    ]
-    state = {index[parameter]: entries[names[parameter]] for parameter in order if names[parameter] in entries}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class Checkpoints:
@@ -290,7 +275,12 @@ class Checkpoints:
         """
         if self._groups.rank == 0 and self._taken_over():
             raise RuntimeError("a later attempt has taken over this run")
-        refuse_not_finite(tensors, state.progress.step)
+        # All ranks alike refuse what one of them can see: each may hold other weights.
+        for found in filter(None, messages.gathered(not_finite(tensors).encode(), self._groups.save)):
+            raise RunFailed(
+                f"training stopped after step {state.progress.step}: {found.decode()} is not finite, so the next loss "
+                f"would be nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+            )
         final = self._folder / name(state.progress.step, self._attempt)
         try:
             mine = self._write_tensors(final, tensors)
@@ -362,25 +352,20 @@ def _key(path: Path) -> tuple[int, int]:
 
 
 def _described(path: Path) -> File:
-    chunks = list(_chunks(path)) if path.suffix == ".safetensors" else []
+    chunks = list(chunks_in(path)) if path.suffix == ".safetensors" else []
     return File(path.name, path.stat().st_size, storage.checksum(path), chunks)
 
 
-def _chunks(path: Path) -> Iterator[Chunk]:
-    """From the header of a safetensors file; DCP notes there where each part belongs in its tensor."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-    for key, entry in header.items():
-        yield Chunk(key, entry["dtype"], entry["shape"], places[key]["saved_offsets"])
+def not_finite(tensors: dict[str, torch.Tensor]) -> str:
+    """The first weight of this rank's that is no finite number, or nothing.
 
-
-def refuse_not_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
-    """A finite gradient can still overflow the weights (a learning rate of 1e30); such weights are never kept."""
-    for key, tensor in tensors.items():
-        if key.startswith((MODEL, AVERAGE)) and not torch.isfinite(tensor).all():
-            raise RunFailed(
-                f"training stopped after step {step}: {key.removeprefix(MODEL)} is not finite, so the next loss would "
-                f"be nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
-            )
+    A finite gradient can still overflow the weights (a learning rate of 1e30); such weights are never kept.
+    """
+    return next(
+        (
+            key.removeprefix(MODEL)
+            for key, tensor in tensors.items()
+            if key.startswith((MODEL, AVERAGE)) and not local(tensor).isfinite().all()
+        ),
+        "",
+    )

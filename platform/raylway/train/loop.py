@@ -33,7 +33,7 @@ from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Progress
-from raylway.train.step import Wish, agree, forward_backward, gradient_norm, seed_random
+from raylway.train.step import Agreed, Wish, agree, forward_backward, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
 
@@ -87,15 +87,16 @@ def train(run: Training, progress: Progress) -> Progress:
     while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
         started_at = time.monotonic()
         batch = run.feed.step(progress.step)
-        seed_random(run.device, random_seed(run.seed, progress.step, run.groups.rank))
+        seed_random(run.device, random_seed(run.seed, progress.step, run.groups.random_rank))
         rate = optim.learning_rate(run.job, plan, progress.updates)
         optim.set_learning_rate(optimizer, rate)
 
         optimizer.zero_grad()
-        loss_sum = forward_backward(run.model, batch, run.task, run.precision)
+        loss_sum = forward_backward(run.model, batch, run.task)
         scaler.unscale_(optimizer)
-        norm = gradient_norm(run.model)
-        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, run.wish(progress))
+        norm = run.model.gradient_norm()
+        digest = batch.digest if run.groups.counts_rows else 0
+        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
         wish = agreed.wish
         verdict = run.guard.judge(progress, agreed, norm)
         if verdict is Verdict.UPDATE:
@@ -107,7 +108,7 @@ def train(run: Training, progress: Progress) -> Progress:
         if verdict is Verdict.ROLL_BACK:
             progress = _rolled_back(run, progress, agreed.loss)
 
-        _log_step(run, progress, agreed.loss, rate, norm.item(), time.monotonic() - started_at)
+        _log_step(run, progress, agreed, rate, norm.item(), time.monotonic() - started_at)
         is_last = progress.step == plan.total_steps
         improved = False
         if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
@@ -117,12 +118,13 @@ def train(run: Training, progress: Progress) -> Progress:
     return progress
 
 
-def _log_step(run: Training, progress: Progress, loss: float, rate: float, norm: float, elapsed_s: float) -> None:
+def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float, elapsed_s: float) -> None:
     run.log.write(
         "step",
         step=progress.step,
         epoch=(progress.step - 1) // run.plan.steps_per_epoch + 1,
-        loss=loss,
+        batch=f"{agreed.batch:014x}",
+        loss=agreed.loss,
         lr=rate,
         grad_norm=norm,
         rows_per_s=run.plan.rows_in(progress.step) / elapsed_s,
@@ -135,7 +137,7 @@ def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
     """Put back the last checkpoint that was due, and leave out the batches since. All ranks call it at once."""
     found = run.checkpoints.opened(progress.anchor)
     progress = run.guard.rolled_back(progress, found.state.progress, loss)
-    restore(found, run.model.module, run.optimizer, run.average)
+    restore(found, run.model, run.optimizer, run.average)
     run.precision.scaler.load_state_dict(found.state.scaler)
     made = progress.rollbacks[-1]
     run.log.write("note", step=progress.step, text=f"rolled back {made}")
@@ -146,7 +148,7 @@ def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
 def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
     """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
     with run.average.in_place():
-        figures = validation.figures(run.model, run.device)
+        figures = validation.figures(run.model)
     metric = run.job.validation.best
     best = validate.judge(progress.best, metric, figures[metric], progress.step)
     improved = best.step == progress.step

@@ -14,6 +14,8 @@ from raylway.errors import UserError
 from raylway.features.signature import Task
 from raylway.job.schema import Job, Schedule
 from raylway.job.units import Duration
+from raylway.train import division
+from raylway.train.division import CHUNKS_A_STAGE, Division
 from raylway.train.feed.order import num_microbatches
 
 STEPS_PER_EPOCH = 50
@@ -64,6 +66,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every_steps: int | None
     checkpoint_every_s: float | None
     """One of the two is set."""
+    division: Division = Division()
+
+    @property
+    def data_ranks(self) -> int:
+        """Among how many the rows of a step are divided: the workers, or the groups of them that share their rows."""
+        return self.workers // self.division.sharers
 
     @property
     def epochs(self) -> float:
@@ -100,10 +108,13 @@ def plan(
     """
     _refuse_misfits(job, task, rows_train, rows_validation)
     train = job.train
-    workers = train.workers if isinstance(train.workers, int) else max(1, int(gpus))
-    batch = _global_batch(train.global_batch, rows_train, workers)
-    share = math.ceil(batch / workers)
-    microbatch = train.microbatch if isinstance(train.microbatch, int) else min(share, LARGEST_MICROBATCH)
+    divided = division.division(job)
+    workers = division.workers(job, divided, int(gpus))
+    data_ranks = workers // divided.sharers
+    batch = _global_batch(train.global_batch, rows_train, data_ranks)
+    microbatch = train.microbatch if isinstance(train.microbatch, int) else _microbatch(batch, data_ranks, divided)
+    accumulation = num_microbatches(batch, data_ranks, microbatch)
+    division.refuse_short_pipeline(divided, accumulation)
     steps_per_epoch = math.ceil(rows_train / batch)
     wanted_gpus = train.resources.gpus
     gpus_per_worker = wanted_gpus if isinstance(wanted_gpus, int) else int(gpus >= 1)
@@ -118,7 +129,7 @@ def plan(
         total_steps=total_steps,
         global_batch=batch,
         microbatch=microbatch,
-        accumulation=num_microbatches(batch, workers, microbatch),
+        accumulation=accumulation,
         workers=workers,
         cpus_per_worker=train.resources.cpus,
         gpus_per_worker=gpus_per_worker,
@@ -130,6 +141,7 @@ def plan(
         validate_every_steps=train.validation.every.in_steps(steps_per_epoch) if rows_validation else None,
         checkpoint_every_steps=None if every.is_time else max(1, every.in_steps(steps_per_epoch)),
         checkpoint_every_s=every.seconds if every.is_time else None,
+        division=divided,
     )
 
 
@@ -175,6 +187,12 @@ def _global_batch(wanted: int | Literal["auto"], rows: int, workers: int) -> int
             fix="raise train.global_batch or lower train.workers",
         )
     return batch
+
+
+def _microbatch(batch: int, data_ranks: int, divided: Division) -> int:
+    """Of a job that leaves it open: a rank's whole share, or what keeps all stages of a pipeline at work."""
+    passes = divided.parts * CHUNKS_A_STAGE if divided.kind == "pipeline" else 1
+    return min(math.ceil(math.ceil(batch / data_ranks) / passes), LARGEST_MICROBATCH)
 
 
 def _total_steps(duration: Duration | Literal["auto"], steps_per_epoch: int) -> int:

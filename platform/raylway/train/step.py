@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from raylway.features.signature import Task
-from raylway.train.feed.loader import Batch
-from raylway.train.precision import Precision
+from raylway.train.feed.loader import Batch, Microbatch
 from raylway.train.strategy import Parallel
 
 
@@ -29,6 +28,8 @@ class Agreed(NamedTuple):
     finite: bool
     """The loss and the gradient's norm are finite numbers on every rank."""
     wish: Wish
+    batch: int
+    """Tells which rows the global batch had (`feed.loader.Batch.digest`)."""
 
 
 def seed_random(device: torch.device, seed: int) -> None:
@@ -53,35 +54,32 @@ def row_losses(task: Task, output: torch.Tensor, target: torch.Tensor) -> torch.
     return F.mse_loss(output.reshape(target.shape), target.to(output.dtype), reduction="none")
 
 
-def forward_backward(model: Parallel, batch: Batch, task: Task, precision: Precision) -> torch.Tensor:
+def forward_backward(model: Parallel, batch: Batch, task: Task) -> torch.Tensor:
     """Leave in the parameters the (scaled) gradient of the global batch's loss; return this rank's sum of losses.
 
     The loss is sum(weight * loss of the row) / rows of the step, without `train.balance` the mean over the rows.
     DDP takes the mean over ranks of what each rank has, so each rank's sum is multiplied by workers / rows of the whole
-    step. That makes it the gradient of the one big batch, however its rows are divided. All ranks must call it: the
-    last microbatch exchanges gradients, and waits for a missing rank until the timeout.
+    step; the other strategies add. That makes it the gradient of the one big batch, however its rows are divided. All
+    ranks must call it: they exchange gradients, and wait for a missing rank until the timeout.
 
     Returns:
-        float64 scalar on the model's device.
+        float64 scalar on the model's device; of ranks that share their rows one has the sum, the others 0.
     """
     total = torch.zeros((), dtype=torch.float64, device=batch.microbatches[0].target.device)
-    for index, rows in enumerate(batch.microbatches):
-        with model.sync(index == len(batch.microbatches) - 1):
-            with precision.autocast():
-                output = model.forward(rows.numeric, rows.categorical)
-            losses = (row_losses(task, output, rows.target) * rows.weight).sum()
-            precision.scaler.scale(losses * (model.workers / batch.num_rows)).backward()
-        total += losses.detach()
+
+    def loss(output: torch.Tensor, rows: Microbatch) -> torch.Tensor:
+        losses = (row_losses(task, output, rows.target) * rows.weight).sum()
+        if model.has_loss:
+            total.add_(losses.detach())
+        return model.precision.scaler.scale(losses * (model.mean_over / batch.num_rows))
+
+    model.accumulate(batch.microbatches, loss)
     return total
 
 
-def gradient_norm(model: Parallel) -> torch.Tensor:
-    """The 2-norm over all gradients, unscaled; DDP has made them equal on all ranks."""
-    gradients = [parameter.grad for parameter in model.module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def agree(group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, wish: Wish) -> Agreed:
+def agree(
+    group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, digest: int, wish: Wish
+) -> Agreed:
     """One small all-reduce: afterwards every rank decides the same. All ranks call it once a step.
 
     Args:
@@ -89,11 +87,12 @@ def agree(group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, 
         loss_sum: This rank's, float64 scalar.
         norm: Of the gradient.
         num_rows: Rows of the step over all ranks.
+        digest: Of this rank's rows (`feed.loader.Batch`); of ranks that share their rows one has it, the others 0.
         wish: This rank's.
     """
     finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-    wishes = torch.tensor([wish.save, wish.stop], dtype=torch.float64, device=loss_sum.device)
-    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), wishes])
+    own = torch.tensor([wish.save, wish.stop, digest], dtype=torch.float64, device=loss_sum.device)
+    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), own])
     dist.all_reduce(facts, group=group)
-    loss, not_finite, save, stop = facts.tolist()
-    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)))
+    loss, not_finite, save, stop, digest = facts.tolist()
+    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)), int(digest))

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from raylway.features.learnt import Target
 from raylway.train.feed.loader import Feed
-from raylway.train.precision import Precision
 from raylway.train.progress import Best
 from raylway.train.step import row_losses
 from raylway.train.strategy import Groups, Parallel, evaluating
@@ -33,26 +32,26 @@ class Validation:
     Args:
         feed: This rank's share of the rows, unshuffled.
         target: Its task decides the figures.
-        precision: As in training.
         groups: Where the ranks' sums meet.
+        device: Where the model is.
     """
 
-    def __init__(self, feed: Feed, target: Target, precision: Precision, groups: Groups) -> None:
-        self._feed, self._target, self._precision, self._groups = feed, target, precision, groups
+    def __init__(self, feed: Feed, target: Target, groups: Groups, device: torch.device) -> None:
+        self._feed, self._target, self._groups, self._device = feed, target, groups, device
 
-    def figures(self, model: Parallel, device: torch.device) -> dict[str, float]:
-        """The figures over all rows, each counted once. All ranks call it at once; one without rows adds nothing.
+    def figures(self, model: Parallel) -> dict[str, float]:
+        """The figures over all rows, each counted once. All ranks call it at once.
 
         Returns:
             `val_loss`, weighed by class as the feed says (what training minimises under `train.balance`), and
             `val_accuracy` or `val_rmse` (in the target's own unit), in which each row counts once.
         """
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
-        # The plain module: DDP's forward talks to the other ranks, which may have fewer passes to make.
+        sums = torch.zeros(4, dtype=torch.float64, device=self._device)
         with evaluating(model.module):
             for rows in self._feed.epoch():
-                with self._precision.autocast():
-                    output = model.module(rows.numeric, rows.categorical)
+                output = model.output(rows)
+                if output is None or rows.stands_in:
+                    continue
                 losses = row_losses(self._target.task, output, rows.target).double()
                 hits = (output.argmax(dim=-1) == rows.target) if self._target.task == "classification" else losses
                 weighed = (losses * rows.weight).sum()

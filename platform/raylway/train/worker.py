@@ -92,7 +92,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))

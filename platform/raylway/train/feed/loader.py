@@ -27,6 +27,8 @@ class Microbatch:
     """int64 [n] class codes, or float64 [n] standardised values"""
     weight: torch.Tensor
     """float64 [n]: 1 or that of the row's class; 0 for the one row that stands in where a rank has none"""
+    stands_in: bool = False
+    """It is such a row, so that every rank makes the same passes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Batch:
     """Rows of the step over all ranks."""
     microbatches: list[Microbatch]
     """As many on every rank."""
+    digest: int
+    """Of which rows this rank has read, each for which place in the step's batch; below 2^32 times their number. Added
+    up over the ranks it tells one global batch from another, whatever the number of workers."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,12 @@ class Feed:
         return batch
 
     def epoch(self) -> Iterator[Microbatch]:
-        """This rank's share of all rows once, for evaluation; nothing for a rank without rows."""
-        first, last = share(self._order.num_rows, self._share.rank, self._share.workers)
-        for start in range(first, last, self._share.microbatch):
-            yield self._tensors(np.arange(start, min(start + self._share.microbatch, last)))
+        """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
+        mine, num_rows = self._share, self._order.num_rows
+        first, last = share(num_rows, mine.rank, mine.workers)
+        for index in range(num_microbatches(num_rows, mine.workers, mine.microbatch)):
+            start = first + index * mine.microbatch
+            yield self._tensors(np.arange(start, min(start + mine.microbatch, last)))[0]
 
     def _read(self, step: int) -> Batch:
         mine = self._share
@@ -94,24 +101,39 @@ class Feed:
         positions = self._order.positions(step, mine.global_batch, mine.rank, mine.workers)
         count = num_microbatches(num_rows, mine.workers, mine.microbatch)
         bounds = [share(len(positions), part, count) for part in range(count)]
-        return Batch(num_rows, [self._tensors(positions[start:stop]) for start, stop in bounds])
+        parts = [self._tensors(positions[start:stop]) for start, stop in bounds]
+        ids = np.concatenate([row_ids for _, row_ids in parts])
+        return Batch(num_rows, [part for part, _ in parts], _digest(ids, share(num_rows, mine.rank, mine.workers)[0]))
 
-    def _tensors(self, positions: np.ndarray) -> Microbatch:
+    def _tensors(self, positions: np.ndarray) -> tuple[Microbatch, np.ndarray]:
+        """The rows at some positions, and their ids (none of a row that stands in)."""
         is_stand_in = not len(positions)
         if is_stand_in:
             # Every rank must run the same passes, or its peers wait for it. Any row does: its loss counts 0 times.
             positions = np.zeros(1, np.int64)
-        numeric, categorical, target, _ = self._rows.take(positions)
+        numeric, categorical, target, row_ids = self._rows.take(positions)
         weight = np.ones(len(positions)) if self._weights is None else self._weights[target]
         if is_stand_in:
             weight = np.zeros(1)
         if self._target.task == "regression":
             target = (target - self._target.mean) / self._target.spread
-        return Microbatch(
+        microbatch = Microbatch(
             torch.from_numpy(numeric).to(self._device),
             torch.from_numpy(categorical).to(self._device, torch.int64),
             torch.from_numpy(target).to(
                 self._device, torch.float64 if self._target.task == "regression" else torch.int64
             ),
             torch.from_numpy(weight).to(self._device),
+            is_stand_in,
         )
+        return microbatch, row_ids[:0] if is_stand_in else row_ids
+
+
+def _digest(row_ids: np.ndarray, first: int) -> int:
+    """The sum of a 32-bit hash of each row id with its place, from `first` on (the finaliser of splitmix64)."""
+    words = row_ids + np.arange(first, first + len(row_ids), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    return int((words >> np.uint64(32)).sum())
