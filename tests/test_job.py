@@ -58,6 +58,8 @@ def test_the_keys_are_these() -> None:
         model model.kind model.hidden model.dropout model.args
         train train.for train.global_batch train.microbatch train.precision
         train.optimizer train.optimizer.kind train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
+        train.optimizer.ema
+        train.optimizer.spike train.optimizer.spike.then train.optimizer.spike.deviations train.optimizer.spike.window
         train.schedule train.schedule.kind train.schedule.warmup train.schedule.every train.schedule.gamma
         train.schedule.decay
         train.clip train.balance train.workers train.resources train.resources.cpus train.resources.gpus
@@ -129,6 +131,9 @@ def test_a_misspelt_key_is_told_with_file_line_and_the_right_one(tmp_path: Path,
         ("train: {parallel: {shard: 2, pipeline: 2}}", ["train.parallel", "one of", "shard and pipeline"]),
         ("train: {parallel: {tensor: 2, schedule: gpipe}}", ["train.parallel", "pipeline above 1", "gpipe"]),
         ("train: {parallel: {shard: 0}}", ["train.parallel.shard", "greater than or equal to 1"]),
+        ("train: {optimizer: {ema: 1}}", ["train.optimizer.ema", "less than 1"]),
+        ("train: {optimizer: {spike: {window: 0 steps}}}", ["train.optimizer.spike", "above zero"]),
+        ("train: {optimizer: {spike: {then: rollback}}}", ["train", "checkpoint.every in steps or epochs", "5 min"]),
         ("serve: {replicas: {min: 3, max: 2}}", ["serve.replicas", "at most max (2)"]),
         ("serve: 3", ["serve", "section"]),
         ("model: {kind: tree}", ["model.kind"]),

@@ -14,7 +14,7 @@ import torch
 from user_models import FOLDER
 
 from raylway.train.checkpoint import newest, opened
-from raylway.train.step import MOST_SKIPS_IN_A_ROW
+from raylway.train.guard import MOST_SKIPS_IN_A_ROW
 
 
 def overflowing(folder: Path, attempts: list[int], **train: Any) -> ranks.Case:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from user_models import FOLDER, layers
 
-from raylway.job.schema import Job, Optimizer
+from raylway.job.schema import Job
+from raylway.job.training import Optimizer
 from raylway.train import optim
 from raylway.train.feed.order import Order
 from raylway.train.plan import Plan, plan

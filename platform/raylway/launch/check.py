@@ -76,6 +76,8 @@ class Findings:
         yield (
             f"optimizer   {job.optimizer.kind}, lr {job.optimizer.lr:g}, {job.schedule.kind} schedule"
             f" with {found.warmup_steps} steps of warm-up, clip {job.clip}"
+            + (f", averaged with {job.optimizer.ema:g}" if job.optimizer.ema else "")
+            + (f", {job.optimizer.spike.then} at a spike" if job.optimizer.spike.then != "ignore" else "")
         )
         if job.balance == "weights":
             yield "balance     the loss of a row weighs rows / (classes x rows of its class)"

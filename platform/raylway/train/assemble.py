@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,18 +18,21 @@ from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
 from raylway.train import checkpoint, failures, optim, strategy
-from raylway.train.checkpoint import Checkpoints, Progress, State
+from raylway.train.average import Average
+from raylway.train.checkpoint import Checkpoints, State
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
 from raylway.train.feed.order import Order
+from raylway.train.guard import Guard
 from raylway.train.log import MetricsLog, NoLog
 from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
+from raylway.train.progress import Best, Progress
 from raylway.train.step import Wish
 from raylway.train.strategy import Groups
-from raylway.train.validate import Best, Validation
+from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
 
 STOP_FILE = "stop"
@@ -54,8 +58,9 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
     model = strategy.parallel(module, groups, plan, precision)
     optimizer = optim.optimizer(model.module, job.train.optimizer)
+    average = Average(model.module, job.train.optimizer.ema)
     if found and state:
-        checkpoint.restore(found, model, optimizer)
+        checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
     share = Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
 
@@ -75,14 +80,17 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         device=device,
         model=model,
         optimizer=optimizer,
+        average=average,
+        guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
         feed=_training_feed(job, plan, prepared, share, device),
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+        event=run.log if groups.rank == 0 else _no_event,
     )
-    return assembled, _with_whole_best(run, state.progress) if state else Progress()
+    return assembled, _with_whole(run, state.progress) if state else Progress()
 
 
 def _with_microbatch(plan: Plan, state: State | None) -> Plan:
@@ -162,11 +170,23 @@ def _no_wish(progress: Progress) -> Wish:
     return Wish()
 
 
-def _with_whole_best(run: Run, progress: Progress) -> Progress:
-    """A best checkpoint that was damaged since is forgotten, and the next validation makes a new one."""
+def _no_event(event: str, **details: Any) -> None:
+    pass
+
+
+def _with_whole(run: Run, progress: Progress) -> Progress:
+    """Without checkpoints that were damaged since: the next validation makes a new best, and until the next checkpoint
+    is due there is no way back."""
+    if not _is_whole(run, progress.best_checkpoint):
+        progress = msgspec.structs.replace(progress, best=Best(), best_checkpoint="")
+    return progress if _is_whole(run, progress.anchor) else msgspec.structs.replace(progress, anchor="")
+
+
+def _is_whole(run: Run, name: str) -> bool:
+    """Nothing is whole too."""
     try:
-        if progress.best_checkpoint:
-            checkpoint.opened(run.checkpoints / progress.best_checkpoint)
+        if name:
+            checkpoint.opened(run.checkpoints / name)
     except RunFailed:
-        return msgspec.structs.replace(progress, best=Best(), best_checkpoint="")
-    return progress
+        return False
+    return True

@@ -24,42 +24,17 @@ import torch
 from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.train import messages
+from raylway.train.average import Average
 from raylway.train.chunks import File, Place, Wanted, as_part, chunks_in, place_of, read, shapes, whole
+from raylway.train.progress import Progress
 from raylway.train.strategy import Groups, Parallel, local
-from raylway.train.validate import Best
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MODEL, OPTIMIZER = "model.", "optim."
+MODEL, OPTIMIZER, AVERAGE = "model.", "optim.", "ema."
 _NOT_SAVED = ("params", "foreach", "fused")
 _NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
-
-
-class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far training is. The step is the whole state of the data."""
-
-    step: int = 0
-    """Steps made, the skipped ones included."""
-    updates: int = 0
-    """Steps that changed the weights; the schedule counts these."""
-    skipped_in_a_row: int = 0
-    best: Best = Best()
-    best_checkpoint: str = ""
-    """The folder of the best validation's weights; empty before the first."""
-    stopped_early: bool = False
-
-    @property
-    def skipped(self) -> int:
-        return self.step - self.updates
-
-    def after_step(self, updated: bool) -> Progress:
-        return msgspec.structs.replace(
-            self,
-            step=self.step + 1,
-            updates=self.updates + updated,
-            skipped_in_a_row=0 if updated else self.skipped_in_a_row + 1,
-        )
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,12 +117,13 @@ def newest(folder: Path, broken: dict[str, str]) -> Checkpoint | None:
 
 
 def load_model(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights of one checkpoint, by parameter and buffer name, on the CPU.
+    """The model's weights of one checkpoint, by parameter and buffer name, on the CPU; averaged, if it has averages.
 
     Raises:
         RunFailed: The checkpoint is not whole.
     """
-    return opened(folder).tensors(MODEL)
+    found = opened(folder)
+    return found.tensors(MODEL) | found.tensors(AVERAGE)
 
 
 def last_attempt(folder: Path) -> int:
@@ -155,9 +131,10 @@ def last_attempt(folder: Path) -> int:
     return max((_key(path)[1] for path in _candidates(folder)), default=0)
 
 
-def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: `model.<name>` and `optim.<parameter>.<entry>`."""
+def tensors_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: `model.<name>`, `optim.<parameter>.<entry>` and `ema.<parameter>`."""
     tensors = {MODEL + key: tensor for key, tensor in module.state_dict().items()}
+    tensors |= {AVERAGE + key: tensor for key, tensor in average.weights.items()}
     for parameter_name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
@@ -174,26 +151,18 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state where training left them; each rank reads the parts it holds.
+def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer, average: Average) -> None:
+    """Put a checkpoint's weights, their average and the optimizer's state where training left them; each rank reads the
+    parts it holds.
 
     Raises:
         UserError: The checkpoint is of another model or optimizer.
     """
     _refuse_another(found, model)
-    saved = found.state.optimizer
-    kinds = [[str(settings.get("kind")) for settings in groups] for groups in (settings_of(optimizer), saved)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            "the checkpoint is of another optimizer",
-            where=str(found.folder),
-            expected=f"the state of {kinds[0][0]}",
-            found=f"that of {', '.join(dict.fromkeys(kinds[1]))}",
-            fix="remove the run's folder to train with the changed optimizer from the start",
-        )
-    here = model.module.state_dict()
-    for key, part in found.tensors(MODEL, lambda key, shape: place_of(here[key]) if key in here else None).items():
-        local(here[key]).copy_(part)
+    _refuse_other_settings(found, optimizer, average)
+    for prefix, here in ((MODEL, model.module.state_dict()), (AVERAGE, average.weights)):
+        for key, part in found.tensors(prefix, _place_in(here)).items():
+            local(here[key]).copy_(part)
     parameters = dict(model.module.named_parameters())
 
     def wanted(key: str, shape: list[int]) -> Place | None:
@@ -214,10 +183,14 @@ def restore(found: Checkpoint, model: Parallel, optimizer: torch.optim.Optimizer
         group
         | {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in group}
         | {"params": [index[parameter] for parameter in group["params"]]}
-        for settings, group in zip(saved, optimizer.param_groups, strict=True)
+        for settings, group in zip(found.state.optimizer, optimizer.param_groups, strict=True)
     ]
     state = {index[parameter]: entries[parameter] for parameter in order if parameter in entries}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _place_in(here: dict[str, torch.Tensor]) -> Wanted:
+    return lambda key, shape: place_of(here[key]) if key in here else None
 
 
 def _refuse_another(found: Checkpoint, model: Parallel) -> None:
@@ -233,6 +206,29 @@ def _refuse_another(found: Checkpoint, model: Parallel) -> None:
         found=f"differences in {', '.join(differ) or 'shapes'}",
         fix="remove the run's folder to train the changed model from the start",
     )
+
+
+def _refuse_other_settings(found: Checkpoint, optimizer: torch.optim.Optimizer, average: Average) -> None:
+    kinds = [
+        [str(settings.get("kind")) for settings in groups] for groups in (settings_of(optimizer), found.state.optimizer)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            "the checkpoint is of another optimizer",
+            where=str(found.folder),
+            expected=f"the state of {kinds[0][0]}",
+            found=f"that of {', '.join(dict.fromkeys(kinds[1]))}",
+            fix="remove the run's folder to train with the changed optimizer from the start",
+        )
+    averaged = shapes(found.manifest.files, AVERAGE)
+    if bool(averaged) != bool(average.weights):
+        raise UserError(
+            "the checkpoint does not fit train.optimizer.ema",
+            where=str(found.folder),
+            expected="averaged weights" if average.weights else "no averaged weights",
+            found="some" if averaged else "none",
+            fix="remove the run's folder to train from the start",
+        )
 
 
 class Checkpoints:
@@ -297,10 +293,14 @@ class Checkpoints:
                 files = [file for part in parts for file in part] + [_described(final / STATE)]
                 storage.write_record(final / MANIFEST, Manifest(FORMAT, state.progress.step, self._attempt, files))
                 storage.sync_folder(self._folder)
-                self._clean(state.progress.best_checkpoint)
+                self._clean({state.progress.best_checkpoint, state.progress.anchor})
         except OSError as error:
             raise RunFailed(f"the checkpoint of step {state.progress.step} can't be written: {error}") from error
         self.written = final.name
+
+    def opened(self, name: str) -> Checkpoint:
+        """One of this run's checkpoints, after it was found to be whole."""
+        return opened(self._folder / name)
 
     def name_of(self, step: int) -> str:
         """The folder that `save` makes for a step."""
@@ -324,13 +324,13 @@ class Checkpoints:
         shutil.rmtree(staged)
         return files
 
-    def _clean(self, best: str) -> None:
+    def _clean(self, needed: set[str]) -> None:
         """Remove old checkpoints and what earlier attempts left unfinished. Only after a new one is whole.
 
         What a later attempt writes is not touched.
         """
         whole = [path.name for path in _candidates(self._folder) if (path / MANIFEST).exists()]
-        kept = {best, *[found for found in whole if found not in self._broken][-self._keep :]}
+        kept = {*needed, *[found for found in whole if found not in self._broken][-self._keep :]}
         for path in self._folder.iterdir():
             match = _NAME.search(path.name)
             if match and int(match[2]) <= self._attempt and path.name not in kept:
@@ -365,7 +365,7 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
         (
             key.removeprefix(MODEL)
             for key, tensor in tensors.items()
-            if key.startswith(MODEL) and not local(tensor).isfinite().all()
+            if key.startswith((MODEL, AVERAGE)) and not local(tensor).isfinite().all()
         ),
         "",
     )

@@ -5,7 +5,7 @@
         output = model(data)               forward_backward: accumulated over microbatches, summed over ranks
         loss = criterion(output, target)
         loss.backward()
-        optimizer.step()                   once all ranks agree that loss and gradient are finite
+        optimizer.step()                   once all ranks agree that the step is sound
     scheduler.step()                       the rate is a function of the updates made
 
 All ranks run it side by side. Whatever decides what happens next is agreed by all of them, or computed by each from
@@ -22,15 +22,18 @@ import msgspec
 import torch
 
 from raylway.features.signature import Task
-from raylway.job import schema
+from raylway.job.training import Train
 from raylway.train import optim, validate
-from raylway.train.checkpoint import Checkpoints, Progress, State, settings_of, tensors_of
+from raylway.train.average import Average
+from raylway.train.checkpoint import Checkpoints, State, restore, settings_of, tensors_of
 from raylway.train.feed.loader import Feed
 from raylway.train.feed.order import random_seed
+from raylway.train.guard import Guard, Verdict
 from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
-from raylway.train.step import Agreed, Wish, agree, forward_backward, refuse_divergence, seed_random
+from raylway.train.progress import Progress
+from raylway.train.step import Agreed, Wish, agree, forward_backward, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
 
@@ -39,7 +42,7 @@ from raylway.train.validate import Validation
 class Training:
     """Everything that the loop works with, put together by `worker`."""
 
-    job: schema.Train
+    job: Train
     seed: int
     task: Task
     plan: Plan
@@ -47,6 +50,8 @@ class Training:
     device: torch.device
     model: Parallel
     optimizer: torch.optim.Optimizer
+    average: Average
+    guard: Guard
     precision: Precision
     feed: Feed
     validation: Validation | None
@@ -55,6 +60,8 @@ class Training:
     log: MetricsLog | NoLog
     wish: Callable[[Progress], Wish]
     """What this rank would like after a step: a checkpoint, or an end."""
+    event: Callable[..., None]
+    """Keeps a record of what happened, on rank 0."""
 
 
 def train(run: Training, progress: Progress) -> Progress:
@@ -70,7 +77,8 @@ def train(run: Training, progress: Progress) -> Progress:
         Where it ended, which is before the plan's end if someone wished for it. Its checkpoint is written.
 
     Raises:
-        RunFailed: Loss or gradient are not finite; on all ranks alike, before the weights are touched.
+        RunFailed: Loss or gradient are not finite, or the loss jumps and the job says to stop then; on all ranks alike,
+            before the weights are touched.
     """
     plan, optimizer, scaler = run.plan, run.optimizer, run.precision.scaler
     parameters = [parameter for parameter in run.model.module.parameters() if parameter.requires_grad]
@@ -90,12 +98,15 @@ def train(run: Training, progress: Progress) -> Progress:
         digest = batch.digest if run.groups.counts_rows else 0
         agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
         wish = agreed.wish
-        refuse_divergence(agreed, norm, progress.step + 1, run.precision.may_skip, progress.skipped_in_a_row)
-        if agreed.finite:
+        verdict = run.guard.judge(progress, agreed, norm)
+        if verdict is Verdict.UPDATE:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             scaler.step(optimizer)
+            run.average.update(progress.updates + 1)
         scaler.update()
-        progress = progress.after_step(updated=agreed.finite)
+        progress = progress.after_step(verdict is Verdict.UPDATE, run.guard.remembered(progress, agreed))
+        if verdict is Verdict.ROLL_BACK:
+            progress = _rolled_back(run, progress, agreed.loss)
 
         _log_step(run, progress, agreed, rate, norm.item(), time.monotonic() - started_at)
         is_last = progress.step == plan.total_steps
@@ -103,7 +114,7 @@ def train(run: Training, progress: Progress) -> Progress:
         if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
             progress, improved = _validated(run, run.validation, progress)
         if wish.save or wish.stop or improved or is_last or progress.stopped_early:
-            _save(run, progress)
+            progress = _saved(run, progress)
     return progress
 
 
@@ -122,9 +133,22 @@ def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, no
     )
 
 
+def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
+    """Put back the last checkpoint that was due, and leave out the batches since. All ranks call it at once."""
+    found = run.checkpoints.opened(progress.anchor)
+    progress = run.guard.rolled_back(progress, found.state.progress, loss)
+    restore(found, run.model, run.optimizer, run.average)
+    run.precision.scaler.load_state_dict(found.state.scaler)
+    made = progress.rollbacks[-1]
+    run.log.write("note", step=progress.step, text=f"rolled back {made}")
+    run.event("rolled back", checkpoint=found.folder.name, **msgspec.to_builtins(made))
+    return progress
+
+
 def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
     """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
-    figures = validation.figures(run.model)
+    with run.average.in_place():
+        figures = validation.figures(run.model)
     metric = run.job.validation.best
     best = validate.judge(progress.best, metric, figures[metric], progress.step)
     improved = best.step == progress.step
@@ -138,10 +162,12 @@ def _validated(run: Training, validation: Validation, progress: Progress) -> tup
     return progress, improved
 
 
-def _save(run: Training, progress: Progress) -> None:
-    """Write a checkpoint of this step. All ranks call it at once."""
+def _saved(run: Training, progress: Progress) -> Progress:
+    """Progress after writing a checkpoint of this step. All ranks call it at once."""
+    if run.plan.checkpoint_every_steps and progress.step % run.plan.checkpoint_every_steps == 0:
+        progress = msgspec.structs.replace(progress, anchor=run.checkpoints.name_of(progress.step))
     run.checkpoints.save(
-        tensors_of(run.model.module, run.optimizer),
+        tensors_of(run.model.module, run.optimizer, run.average),
         State(
             progress=progress,
             microbatch=run.plan.microbatch,
@@ -151,3 +177,4 @@ def _save(run: Training, progress: Progress) -> None:
             optimizer=settings_of(run.optimizer),
         ),
     )
+    return progress

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raylway.errors import UserError
-from raylway.job import schema
+from raylway.job import training
 from raylway.train.plan import Plan
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -19,7 +19,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _FUSED_ON = ("cpu", "cuda")
 
 
-def optimizer(model: nn.Module, wanted: schema.Optimizer) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, wanted: training.Optimizer) -> torch.optim.Optimizer:
     """The job's optimizer over the parameters of a model, with torch's own defaults for what the job does not name.
 
     Weight decay is for the weights of layers: parameters of two dimensions or more, outside norms and embeddings. What
@@ -116,7 +116,7 @@ def _muon() -> Any:
     return found
 
 
-def learning_rate(train: schema.Train, plan: Plan, updates: int) -> float:
+def learning_rate(train: training.Train, plan: Plan, updates: int) -> float:
     """The rate of the next update.
 
     A skipped step makes no update, so the schedule does not move with it. The schedules are those of torch: `step` is

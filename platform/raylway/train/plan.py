@@ -12,7 +12,8 @@ import msgspec
 
 from raylway.errors import UserError
 from raylway.features.signature import Task
-from raylway.job.schema import Job, Schedule
+from raylway.job.schema import Job
+from raylway.job.training import Schedule
 from raylway.job.units import Duration
 from raylway.train import division
 from raylway.train.division import CHUNKS_A_STAGE, Division

@@ -8,13 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from raylway.errors import RunFailed
 from raylway.features.signature import Task
 from raylway.train.feed.loader import Batch, Microbatch
 from raylway.train.strategy import Parallel
-
-MOST_SKIPS_IN_A_ROW = 20
-"""The scale starts at 65,536 and halves at each overflow: after 20 of them it is not the scale."""
 
 
 class Wish(NamedTuple):
@@ -100,25 +96,3 @@ def agree(
     dist.all_reduce(facts, group=group)
     loss, not_finite, save, stop, digest = facts.tolist()
     return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)), int(digest))
-
-
-def refuse_divergence(agreed: Agreed, norm: torch.Tensor, step: int, may_skip: bool, skipped_in_a_row: int) -> None:
-    """Stop before the weights are touched.
-
-    Args:
-        agreed: Of this step.
-        norm: Of the gradient.
-        step: The step being made, from 1.
-        may_skip: Overflows are part of this precision.
-        skipped_in_a_row: Steps skipped just before this one.
-
-    Raises:
-        RunFailed: On all ranks alike.
-    """
-    if agreed.finite or (may_skip and skipped_in_a_row + 1 < MOST_SKIPS_IN_A_ROW):
-        return
-    again = f", {MOST_SKIPS_IN_A_ROW} steps in a row" if may_skip else ""
-    raise RunFailed(
-        f"training stopped at step {step}{again}: loss {agreed.loss:g}, gradient norm {norm.item():g}: not finite. The "
-        f"weights were left as they were before this step. Lower train.optimizer.lr, set train.clip, or add a warm-up"
-    )

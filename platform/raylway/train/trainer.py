@@ -57,6 +57,8 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     elapsed_s: float
     """Of this command."""
     plan: Plan
+    rolled_back: str | None = None
+    """When and where, if the job guards against spikes of the loss."""
     balance: str | None = None
     """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
 
@@ -100,6 +102,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             attempts=failures.attempts(run),
             elapsed_s=time.monotonic() - started_at,
             plan=planned,
+            rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
         )
         stage.finish(_summary(outcome, loaded))
@@ -155,7 +158,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
     stop_file = run.folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
     fitting = _Fit(assigned, planned, run)
-    follower = _Follower(run, planned, stage)
+    follower = _Follower(run, planned, stage, reporter)
     try:
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
@@ -237,9 +240,9 @@ class _Fit(threading.Thread):
 class _Follower:
     """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
 
-    def __init__(self, run: Run, planned: Plan, stage: Stage) -> None:
+    def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
         self._path: Path = run.metrics
-        self._planned, self._stage = planned, stage
+        self._planned, self._stage, self._reporter = planned, stage, reporter
         self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._validation: dict[str, float] = {}
 
@@ -263,6 +266,8 @@ class _Follower:
             self._read += len(line)
             if found["kind"] == "step":
                 steps.append(found)
+            elif found["kind"] == "note":
+                self._reporter.note(found["text"])
             else:
                 self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
         if steps:

@@ -10,17 +10,9 @@ import torch.distributed as dist
 
 from raylway.features.learnt import Target
 from raylway.train.feed.loader import Feed
+from raylway.train.progress import Best
 from raylway.train.step import row_losses
 from raylway.train.strategy import Groups, Parallel, evaluating
-
-
-class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The best validation so far."""
-
-    value: float | None = None
-    step: int = 0
-    worse_since: int = 0
-    """Validations since then."""
 
 
 def judge(best: Best, metric: str, value: float, step: int) -> Best:

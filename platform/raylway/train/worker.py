@@ -46,6 +46,7 @@ class Report(msgspec.Struct, frozen=True):
     best_value: float | None = None
     best_checkpoint: str = ""
     last_checkpoint: str = ""
+    rolled_back: list[str] = []
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -151,6 +152,7 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
         best_value=progress.best.value,
         best_checkpoint=progress.best_checkpoint or last,
         last_checkpoint=last,
+        rolled_back=[str(found) for found in progress.rollbacks],
     )
 
 
