@@ -183,8 +183,8 @@ def test_every_size_gives_the_gradient_of_the_whole_batch(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_else_the_job_asks_for_is_done_as_in_one_process(tmp_path: Path, way: str) -> None:
-    """Weights of classes, decay, an average; muon where `check` lets it through. One process is what other tests compare
-    with scikit-learn and with torch's own optimizers."""
+    """Weights of classes, decay, an average; muon where `check` lets it through. Other tests compare one process with
+    scikit-learn and with torch's own optimizers."""
     prepared = ranks.prepared(tmp_path / "prepared", 34, 7)
     asked: dict[str, dict[str, Any]] = {
         "classes": {"balance": "weights"},
