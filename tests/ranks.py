@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     import_paths: list[str] = field(default_factory=list)
     seed: int = 42
+    hang_limit_s: float = 240
 
     @property
     def run(self) -> Run:
@@ -71,7 +73,9 @@ class Case:
         )
 
     def assignment(self, workers: int, launch: str = "launch") -> dict[str, Any]:
-        return worker.assignment(self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch)
+        return worker.assignment(
+            self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch, self.hang_limit_s
+        )
 
     def steps(self) -> list[dict[str, Any]]:
         """The step lines of metrics.jsonl."""
@@ -118,16 +122,24 @@ class Ranks:
         workers: How many ranks.
         folder: For the rendezvous.
         exact: Our own model computes in float64.
+        setup: Called first on every rank.
     """
 
-    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path, exact: bool = False) -> None:
+    def __init__(
+        self,
+        assignments: list[dict[str, Any]],
+        workers: int,
+        folder: Path,
+        exact: bool = False,
+        setup: Callable[[], None] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
         self._pipes, self.processes = [], []
         for rank in range(workers):
             mine, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_rank, args=(assignments, rank, workers, store, theirs, exact), daemon=True
+                target=_rank, args=(assignments, rank, workers, store, theirs, exact, setup), daemon=True
             )
             process.start()
             theirs.close()
@@ -164,10 +176,20 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     return reports[0]
 
 
-def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any, exact: bool) -> None:
+def _rank(
+    assignments: list[dict[str, Any]],
+    rank: int,
+    workers: int,
+    store: str,
+    pipe: Any,
+    exact: bool,
+    setup: Callable[[], None] | None,
+) -> None:
     import torch
     import torch.distributed as dist
 
+    if setup:
+        setup()
     if exact:
         torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +91,56 @@ class Watched(Net):
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "hang":
+                threading.Event().wait()
+            case "hold":
+                ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it keeps Python's lock
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise` or `fault`.
+    act: `kill`, `raise`, `fault`, `hang`, or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     once: A file that is made by the act, and prevents another.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
+
+
+class Hungry(Net):
+    """Asks for more memory than there can be when it gets too many rows at once."""
+
+    def __init__(self, width: int, outputs: int, rows: int, rank: int | None, refusal: str) -> None:
+        super().__init__(width, outputs)
+        self._rows, self._rank, self._refusal = rows, rank, refusal
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        if self.training and len(numeric) > self._rows and self._rank in (None, _rank()):
+            if self._refusal == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            torch.empty(1 << 55, dtype=torch.uint8)
+        return super().forward(numeric, categorical)
+
+
+def hungry(
+    num_numeric: int,
+    category_counts: list[int],
+    num_outputs: int,
+    rows: int,
+    rank: int | None = None,
+    refusal: str = "cpu",
+) -> nn.Module:
+    """Args:
+    rows: Most of them at once.
+    rank: Of which rank; all if left out.
+    refusal: By torch's own allocator, or `cuda`: as a GPU's memory says it.
+    """
+    return Hungry(num_numeric, num_outputs, rows, rank, refusal)
 
 
 class Fragile(Watched):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
-from raylway.train import checkpoint, failures, optim, strategy
+from raylway.train import checkpoint, failures, memory, optim, preemption, strategy
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints, State
+from raylway.train.checkpoint import Checkpoints
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
-from raylway.train.feed.loader import Feed, Share
+from raylway.train.feed.loader import Feed, Microbatch, Share
 from raylway.train.feed.order import Order
 from raylway.train.guard import Guard
 from raylway.train.log import MetricsLog, NoLog
@@ -30,17 +31,29 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
-from raylway.train.step import Wish
+from raylway.train.step import Wish, row_losses
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
 
-STOP_FILE = "stop"
-"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
+
+def stop_file(run: Run) -> Path:
+    """Where it is, training writes a checkpoint after the step at hand and ends."""
+    return run.folder / "stop"
 
 
-def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
+def training(
+    task: Assignment, job: Job, run: Run, groups: Groups, start: Start, alive: Callable[[], None]
+) -> tuple[Training, Progress]:
     """Model, data and settings in the state of the checkpoint that the start names. All ranks call it at once.
+
+    Args:
+        task: Of all ranks.
+        job: In the task.
+        run: In the task.
+        groups: All ranks.
+        start: What rank 0 has found out.
+        alive: Called before each forward pass.
 
     Raises:
         UserError: The model can't be built or trained.
@@ -48,7 +61,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     """
     found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
     state = found.state if found else None
-    plan = _with_microbatch(task.plan, state)
+    plan = memory.with_microbatch(task.plan, start.chosen.microbatch)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(Path(task.prepared))
@@ -56,21 +69,16 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
 
     module = seeded_model(job, prepared).to(device)
     precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
-    model = strategy.parallel(module, groups, plan, precision)
+    if start.chosen.search:
+        plan = _searched(job, plan, prepared, module, precision, groups)
+    if groups.rank == 0 and job.train.microbatch == "auto":
+        memory.keep(run, plan, start.attempt)
+    model = strategy.parallel(module, groups, plan, precision, alive)
     optimizer = optim.optimizer(model.module, job.train.optimizer)
     average = Average(model.module, job.train.optimizer.ema)
     if found and state:
         checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
-    share = Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
-
-    validation = None
-    if plan.validate_every_steps is not None:
-        # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
-        weights = _weights(prepared) if job.train.balance != "none" else None
-        rows = prepared.rows("validation", verify=True)
-        order = Order([shard.rows for shard in prepared.shards("validation")], None)
-        validation = Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -83,32 +91,55 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
-        feed=_training_feed(job, plan, prepared, share, device),
-        validation=validation,
+        feed=_training_feed(job, plan, prepared, groups, device),
+        validation=_validation(job, plan, prepared, groups, device),
         checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
-        wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, stop_file(run), groups.rank == 0),
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, _with_whole(run, state.progress) if state else Progress()
 
 
-def _with_microbatch(plan: Plan, state: State | None) -> Plan:
-    """The plan with the microbatch that the run began with, so that the same sums are made; a pipeline needs its own,
-    because a smaller number of passes than stages does not work."""
-    if state is None or plan.division.kind == "pipeline":
-        return plan
-    return msgspec.structs.replace(plan, microbatch=state.microbatch)
+def _searched(
+    job: Job, plan: Plan, prepared: Prepared, module: nn.Module, precision: Precision, groups: Groups
+) -> Plan:
+    """The plan with the largest microbatch that fits on all ranks, up to the one it has."""
+    device = next(module.parameters()).device
+    task = prepared.manifest.transform.target.task
+
+    def step(rows: Microbatch) -> None:
+        with precision.autocast():
+            output = module(rows.numeric, rows.categorical)
+        (row_losses(task, output, rows.target) * rows.weight).sum().backward()
+
+    feed = _training_feed(job, plan, prepared, groups, device)
+    return memory.with_microbatch(plan, memory.agreed(module, plan.microbatch, feed.sample, step, groups))
 
 
-def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:
+def _share(plan: Plan, groups: Groups) -> Share:
+    return Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
+
+
+def _validation(job: Job, plan: Plan, prepared: Prepared, groups: Groups, device: torch.device) -> Validation | None:
+    if plan.validate_every_steps is None:
+        return None
+    # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
+    weights = _weights(prepared) if job.train.balance != "none" else None
+    target, rows = prepared.manifest.transform.target, prepared.rows("validation", verify=True)
+    order = Order([shard.rows for shard in prepared.shards("validation")], None)
+    return Validation(Feed(rows, order, _share(plan, groups), target, device, weights), target, groups, device)
+
+
+def _training_feed(job: Job, plan: Plan, prepared: Prepared, groups: Groups, device: torch.device) -> Feed:
     target, rows = prepared.manifest.transform.target, prepared.rows("train", verify=True)
     order: Order | Balanced
     if job.train.balance == "resample":
         order = Balanced(rows.targets(), len(target.classes), job.seed)
     else:
         order = Order([shard.rows for shard in prepared.shards("train")], job.seed, plan.lanes)
-    return Feed(rows, order, share, target, device, _weights(prepared) if job.train.balance == "weights" else None)
+    weights = _weights(prepared) if job.train.balance == "weights" else None
+    return Feed(rows, order, _share(plan, groups), target, device, weights)
 
 
 def _weights(prepared: Prepared) -> np.ndarray:
@@ -141,20 +172,24 @@ def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
 
 
 class Wishes:
-    """When rank 0 would like a checkpoint, and whether it was told to stop.
+    """When a rank would like a checkpoint, and whether it was told to stop.
 
     Args:
         plan: How often.
         stop_file: Being there is the word to stop.
+        is_first: Rank 0 looks for both; every rank hears of its own node.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path) -> None:
-        self._plan, self._stop_file = plan, stop_file
+    def __init__(self, plan: Plan, stop_file: Path, is_first: bool) -> None:
+        self._plan, self._stop_file, self._is_first = plan, stop_file, is_first
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
-        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop_file.exists())
+        if not self._is_first:
+            return Wish(stop=preemption.is_near())
+        stop = self._stop_file.exists() or preemption.is_near()
+        return Wish(save=self._save_is_due(progress.step + 1), stop=stop)
 
     def _save_is_due(self, step: int) -> bool:
         if self._plan.checkpoint_every_steps is not None:
@@ -164,10 +199,6 @@ class Wishes:
         if due:
             self._due_at = time.monotonic() + self._plan.checkpoint_every_s
         return due
-
-
-def _no_wish(progress: Progress) -> Wish:
-    return Wish()
 
 
 def _no_event(event: str, **details: Any) -> None:

@@ -21,7 +21,7 @@ from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
-from raylway.train import failures, worker
+from raylway.train import failures, memory, watchdog, worker
 from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
@@ -77,6 +77,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         UserError: The job asks for what can't be, or the user's own model raised something.
         RunFailed: The loss is not finite, or the workers failed again and again.
         KeyboardInterrupt: After the checkpoint of the step at hand was written.
+        SystemExit: Likewise, on SIGTERM.
     """
     started_at = time.monotonic()
     with reporter.stage("train") as stage, located(loaded):
@@ -85,7 +86,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         balance = _balanced(loaded, run, prepared)
         reporter.note("; ".join(filter(None, [_sentence(planned), balance, _beginning(run)])))
         assigned = worker.assignment(
-            loaded.job, planned, run, prepared, loaded.import_paths, launch=secrets.token_hex(6)
+            loaded.job, planned, run, prepared, loaded.import_paths, secrets.token_hex(6), watchdog.limit_s()
         )
         report = _run(assigned, planned, run, stage, reporter)
         if report.failure is not None:
@@ -101,7 +102,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             stopped_early=report.stopped_early,
             attempts=failures.attempts(run),
             elapsed_s=time.monotonic() - started_at,
-            plan=planned,
+            plan=memory.with_microbatch(planned, report.microbatch),
             rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
         )
@@ -145,17 +146,18 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
     except UserError:
         raise
     except Exception as error:
-        mistake = failures.users_mistake(error, loaded.import_paths)
+        error = memory.as_users(error)
+        mistake = error if isinstance(error, UserError) else failures.users_mistake(error, loaded.import_paths)
         if mistake is None:
             raise
         raise mistake from None
 
 
 def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
-    """Run the workers in a thread, so that this one can show progress and hear Ctrl-C."""
-    from raylway.train.assemble import STOP_FILE
+    """Run the workers in a thread, so that this one can show progress and hear Ctrl-C and SIGTERM."""
+    from raylway.train.assemble import stop_file as place_of_stop_file
 
-    stop_file = run.folder / STOP_FILE
+    stop_file = place_of_stop_file(run)
     stop_file.unlink(missing_ok=True)
     fitting = _Fit(assigned, planned, run)
     follower = _Follower(run, planned, stage, reporter)
@@ -163,8 +165,9 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
             follower.look()
-    except KeyboardInterrupt:
-        reporter.note("stopping: a checkpoint is written first; Ctrl-C again stops at once")
+    except (KeyboardInterrupt, SystemExit) as signal:
+        word = "Ctrl-C" if isinstance(signal, KeyboardInterrupt) else "SIGTERM"
+        reporter.note(f"stopping: a checkpoint is written first; {word} again stops at once")
         stop_file.touch()
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
@@ -179,6 +182,7 @@ class _Fit(threading.Thread):
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
+        self._run_folder = run.folder
         self._scratch = run.folder / _SCRATCH
         self._value: Any = None
         self._error: BaseException | None = None
@@ -204,7 +208,8 @@ class _Fit(threading.Thread):
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-        from raylway.train.strategy import TIMEOUT_S
+        from raylway.train.strategy import TIMEOUT_OVER_LIMIT
+        from raylway.train.witness import Witness
 
         planned = self._planned
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
@@ -215,7 +220,7 @@ class _Fit(threading.Thread):
             torch_config=TorchConfig(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
-                timeout_s=TIMEOUT_S,
+                timeout_s=math.ceil(TIMEOUT_OVER_LIMIT * self._assigned["hang_limit_s"]),
             ),
             scaling_config=ScalingConfig(
                 num_workers=planned.workers,
@@ -227,6 +232,7 @@ class _Fit(threading.Thread):
                 storage_path=str(self._scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Witness(str(self._run_folder))],
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),

@@ -80,12 +80,21 @@ class Feed:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
+    @property
+    def most_rows(self) -> int:
+        """In one microbatch."""
+        return self._share.microbatch
+
     def step(self, step: int) -> Batch:
         """This rank's microbatches of a global step, and a start on the step after it."""
         ahead = self._ahead[1] if self._ahead and self._ahead[0] == step else self._reader.submit(self._read, step)
         batch = ahead.result()
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         return batch
+
+    def sample(self, count: int) -> Microbatch:
+        """So many rows of the split, the first ones; over again where there are fewer."""
+        return self._tensors(np.arange(count) % self._order.num_rows)[0]
 
     def epoch(self) -> Iterator[Microbatch]:
         """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
