@@ -126,9 +126,14 @@ print(outcome.last_checkpoint, outcome.attempts)
 
 
 class Driver:
-    """A process that trains a case on an embedded Ray of its own, as a command does."""
+    """A process that trains a case as a command does.
 
-    def __init__(self, case: ranks.Case) -> None:
+    Args:
+        case: To train.
+        variables: Its environment, if it joins a cluster; else it starts a Ray of its own.
+    """
+
+    def __init__(self, case: ranks.Case, variables: dict[str, str] | None = None) -> None:
         script = DRIVER.format(
             tests=str(Path(__file__).parent),
             run=str(case.folder),
@@ -138,7 +143,7 @@ class Driver:
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
-            env=environment(),
+            env=variables or environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -153,11 +158,11 @@ class Driver:
         return self.process.communicate(timeout=200)
 
 
-@pytest.mark.timeout(600)  # three starts of a Ray of its own, on a machine that may be busy
+@pytest.mark.timeout(600)  # four starts of a Ray of its own, on a machine that may be busy
 def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     tmp_path: Path, unbroken: dict[str, np.ndarray]
 ) -> None:
-    """One worker, so that two cores do: SIGKILL first, then Ctrl-C, then to the end."""
+    """One worker, so that two cores do: SIGKILL first, then SIGTERM, then Ctrl-C, then to the end."""
     # Long enough that each signal finds it at work.
     train = TRAIN | {"for": "300 epochs", "workers": 1, "checkpoint": {"every": "20 steps", "keep": 2}}
     whole = case(tmp_path / "whole", train)
@@ -175,23 +180,27 @@ def test_the_driver_killed_or_interrupted_goes_on_with_the_same_command(
     reached = steps()
     assert 100 < reached < 2_400
 
-    driver = Driver(broken)
-    # The workers may outlive their driver and go on counting: only a checkpoint of its own shows the second at work.
-    driver.wait_for(lambda: any(broken.run.checkpoints.glob("step-*-a002")))
-    os.kill(driver.process.pid, signal.SIGINT)
-    _, shown = driver.end()
-    assert "a checkpoint is written first" in shown
-    assert driver.process.returncode != 0
-    interrupted = steps()
-    assert interrupted < 2_400
+    stopped_at = []
+    for number, word in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")):
+        driver = Driver(broken)
+        # The workers may outlive their driver and go on counting: only a checkpoint of its own shows this one at work.
+        own = f"step-*-a{2 + len(stopped_at):03d}"
+        driver.wait_for(lambda own=own: any(broken.run.checkpoints.glob(own)))  # type: ignore[misc]
+        os.kill(driver.process.pid, number)
+        _, shown = driver.end()
+        assert f"a checkpoint is written first; {word} again" in shown
+        # A script that Ctrl-C ends is ended by the signal; `raylway` makes 130 of it.
+        assert driver.process.returncode == (143 if word == "SIGTERM" else -signal.SIGINT)
+        stopped_at.append(steps())
+    assert stopped_at[-1] < 2_400
 
     driver = Driver(broken)
     printed, _ = driver.end()
-    assert printed.split() == ["step-00002400-a003", "3"]
+    assert printed.split() == ["step-00002400-a004", "4"]
     starts = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     from_steps = [event["from_step"] for event in starts if event["event"] == "attempt started"]
     assert from_steps[0] == 0
     assert reached - 20 <= from_steps[1]
-    assert from_steps[2] == interrupted
+    assert from_steps[2:] == stopped_at, "each was saved where it stopped"
     assert [step["step"] for step in broken.steps()] == list(range(1, 2_401))
-    assert same_bits(broken.weights("step-00002400-a003"), expected)
+    assert same_bits(broken.weights("step-00002400-a004"), expected)

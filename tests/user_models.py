@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Watched(Net):
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             self._passes += 1
+            if "until" in self._acts and not Path(self._acts["until"]).exists():
+                time.sleep(0.05)
             self._act(_rank())
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
@@ -105,6 +108,7 @@ def watched(
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     once: A file that is made by the act, and prevents another.
+    until: A file; until it is there, passes are slow.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
