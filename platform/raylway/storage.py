@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,6 +117,57 @@ def read_record(path: Path, kind: type[Record]) -> Record:
             found=str(error),
             fix="remove the folder that holds it and run the job again",
         ) from None
+
+
+def size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def children(folder: Path) -> list[Path]:
+    """Files and folders directly below, by name; nothing if there is no such folder."""
+    return sorted(folder.iterdir(), key=lambda each: each.name) if folder.is_dir() else []
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """The bytes of a file from `start` up to `stop`, fewer at its end.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a file of this machine to a place, where it appears whole; another of this name is replaced.
+
+    Args:
+        source: In the `scratch` of the place, so that moving it into a folder is a rename. It is gone afterwards.
+        target: Its folder is made.
+    """
+    with source.open("rb") as file:
+        os.fsync(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def scratch(folder: Path, name: str) -> AbstractContextManager[Path]:
+    """A fresh folder of this machine for what will be moved to the place, removed at the end (`scratch_folder`)."""
+    return scratch_folder(folder, name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing there is fine.
+
+    A folder goes file by file: remove the one first that says that the folder is whole.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,18 +1,44 @@
-"""Tensors in the files of a checkpoint: which part of which tensor each file holds, and reading what is wanted here.
+"""Tensors in the files of a checkpoint: which part of which tensor each file holds, writing and reading them.
 
 Whoever wrote the parts and however large they were, a reader gets the parts that it asks for, whole tensors or others.
+The files are safetensors files with the notes of `torch.distributed.checkpoint`, so other tools read them too. Written
+here, and not by torch or safetensors: theirs hold Python's lock while they write, and training would wait for it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 import torch
+
+from raylway import storage
+
+_PIECE_BYTES = 4 << 20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Place = list[tuple[int, int]]
 """Start and stop of a part in each dimension of its tensor."""
@@ -27,6 +53,8 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     shape: list[int]
     offsets: list[int]
+    start: int
+    """Its first byte in the file."""
 
     @property
     def place(self) -> Place:
@@ -77,6 +105,48 @@ def shapes(files: Iterable[File], prefix: str) -> dict[str, list[int]]:
     return found
 
 
+class Part(NamedTuple):
+    """A tensor, or this rank's part of one, in host memory."""
+
+    tensor: torch.Tensor
+    """Contiguous."""
+    offsets: list[int]
+    """Where it begins in the whole, in each dimension."""
+
+
+def write(path: Path, parts: dict[str, Part]) -> File:
+    """Write parts as one safetensors file.
+
+    Returns:
+        What the manifest says of the file.
+    """
+    # The widest numbers first: then each tensor begins where its numbers may.
+    order = sorted(parts, key=lambda key: (-parts[key].tensor.itemsize, key))
+    places = {key: {"saved_offsets": parts[key].offsets} for key in order}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(places)}}
+    chunks, at = [], 0
+    for key in order:
+        tensor, offsets = parts[key]
+        chunks.append(Chunk(key, _NAMES[tensor.dtype], list(tensor.shape), offsets, at))
+        header[key] = {"dtype": chunks[-1].dtype, "shape": chunks[-1].shape, "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            for piece in _pieces(parts[key].tensor):
+                file.write(piece)
+    chunks = [msgspec.structs.replace(chunk, start=start + chunk.start) for chunk in chunks]
+    return File(path.name, start + at, storage.checksum(path), chunks)
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    content = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return (content[at : at + _PIECE_BYTES] for at in range(0, len(content), _PIECE_BYTES))
+
+
 def read(folder: Path, files: Iterable[File], prefix: str, wanted: Wanted) -> dict[str, torch.Tensor]:
     """Tensors whose names start with the prefix, or parts of them, by the rest of their names, on the CPU.
 
@@ -84,46 +154,32 @@ def read(folder: Path, files: Iterable[File], prefix: str, wanted: Wanted) -> di
         folder: Where the files are.
         files: As the manifest names them.
         prefix: Of the names.
-        wanted: Which part of each tensor; the files are read in these ranges only.
+        wanted: Which part of each tensor; the files are read in the ranges that have something of it.
     """
-    from safetensors import safe_open
-
     places = {key: place for key, shape in shapes(files, prefix).items() if (place := wanted(key, shape)) is not None}
     found: dict[str, torch.Tensor] = {}
     for file in files:
-        chunks = [chunk for chunk in file.chunks if chunk.name.startswith(prefix)]
-        chunks = [chunk for chunk in chunks if chunk.name.removeprefix(prefix) in places]
-        if not chunks:
-            continue
-        with safe_open(folder / file.name, framework="pt") as opened:
-            for chunk in chunks:
-                key = chunk.name.removeprefix(prefix)
-                _read_overlap(found, key, places[key], chunk, opened)
+        for chunk in file.chunks:
+            key = chunk.name.removeprefix(prefix)
+            if chunk.name.startswith(prefix) and key in places:
+                _read_overlap(found, key, places[key], chunk, folder / file.name)
     return found
 
 
-def _read_overlap(found: dict[str, torch.Tensor], key: str, place: Place, chunk: Chunk, opened: Any) -> None:
+def _read_overlap(found: dict[str, torch.Tensor], key: str, place: Place, chunk: Chunk, path: Path) -> None:
     """Copy into `found[key]` what a chunk has of a place."""
+    dtype = _DTYPES[chunk.dtype]
+    target = found.setdefault(key, torch.empty([stop - start for start, stop in place], dtype=dtype))
     both = [
         (max(start, first), min(stop, last)) for (start, stop), (first, last) in zip(place, chunk.place, strict=True)
     ]
-    source = tuple(slice(start - at, stop - at) for (start, stop), at in zip(both, chunk.offsets, strict=True))
-    is_apart = any(start >= stop for start, stop in both)
-    # A slice of nothing still tells the type.
-    part = opened.get_slice(chunk.name)[tuple(slice(0, 0) for _ in both) if is_apart else source] if both else None
-    if part is None:
-        part = opened.get_tensor(chunk.name)  # a single number, which has no slices
-    sizes = [stop - start for start, stop in place]
-    target = found.setdefault(key, torch.empty(sizes, dtype=part.dtype))
-    if not is_apart:
-        target[tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, place, strict=True))] = part
-
-
-def chunks_in(path: Path) -> Iterator[Chunk]:
-    """From the header of a safetensors file; torch's writer notes there where each part belongs in its tensor."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    places = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-    for key, entry in header.items():
-        yield Chunk(key, entry["dtype"], entry["shape"], places[key]["saved_offsets"])
+    if any(start >= stop for start, stop in both):
+        return
+    # Whole rows, which lie side by side; a single number is a row of its own.
+    first, last = (both[0][0] - chunk.offsets[0], both[0][1] - chunk.offsets[0]) if both else (0, 1)
+    row_bytes = math.prod(chunk.shape[1:]) * dtype.itemsize
+    content = storage.read_range(path, chunk.start + first * row_bytes, chunk.start + last * row_bytes)
+    part = torch.frombuffer(bytearray(content), dtype=dtype).view([last - first, *chunk.shape[1:]] if both else [])
+    inner = zip(both[1:], chunk.offsets[1:], strict=True)
+    part = part[(slice(None), *(slice(start - at, stop - at) for (start, stop), at in inner))] if both else part
+    target[tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, place, strict=True))] = part
