@@ -69,14 +69,14 @@ def google_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.B
 @pytest.fixture(params=["s3_server", "google_server"])
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.Bucket]:
     """The bucket `rows` of each store in turn, named by the environment as a user would."""
-    from raylway.data import remote
+    from raylway.storage import buckets
 
     server: stores.Bucket = request.getfixturevalue(request.param)
     for name, value in server.variables.items():
         monkeypatch.setenv(name, value)
-    remote.system.cache_clear()
+    buckets.system.cache_clear()
     yield server
-    remote.system.cache_clear()
+    buckets.system.cache_clear()
 
 
 @pytest.fixture(scope="session")
