@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from raylway.errors import RunFailed
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
@@ -186,6 +185,6 @@ def _is_whole(run: Run, name: str) -> bool:
     try:
         if name:
             checkpoint.opened(run.checkpoints / name)
-    except RunFailed:
+    except checkpoint.Broken:
         return False
     return True

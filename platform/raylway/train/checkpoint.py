@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -39,6 +38,10 @@ STATE = "state.json"
 MODEL, OPTIMIZER, AVERAGE = "model.", "optim.", "ema."
 _NOT_SAVED = ("params", "foreach", "fused")
 NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
+
+
+class Broken(RunFailed):
+    """A folder that is no whole checkpoint; says why."""
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Checkpoint:
     """A checkpoint that is whole."""
 
-    folder: Path
+    folder: storage.Place
     manifest: Manifest
 
     @property
@@ -81,7 +84,7 @@ def name(step: int, attempt: int) -> str:
     return f"step-{step:08d}-a{attempt:03d}"
 
 
-def opened(folder: Path, verify: bool = True) -> Checkpoint:
+def opened(folder: storage.Place, verify: bool = True) -> Checkpoint:
     """A checkpoint after every file of it was compared with the manifest.
 
     Args:
@@ -89,23 +92,23 @@ def opened(folder: Path, verify: bool = True) -> Checkpoint:
         verify: Compare the contents too; False where another process has just done so.
 
     Raises:
-        RunFailed: It is not whole; the message says what is wrong with it.
+        Broken: It is not whole; the message says what is wrong with it.
     """
     if not (folder / MANIFEST).exists():
-        raise RunFailed(f"{folder}: not finished, or removed")
+        raise Broken(f"{folder}: not finished, or removed")
     try:
         manifest = storage.read_record(folder / MANIFEST, Manifest)
     except UserError as error:
-        raise RunFailed(f"{folder / MANIFEST}: {error.what}: {error.found}") from None
+        raise Broken(f"{folder / MANIFEST}: {error.what}: {error.found}") from None
     if manifest.format != FORMAT:
-        raise RunFailed(f"{folder}: has format {manifest.format}; this version reads format {FORMAT}")
+        raise Broken(f"{folder}: has format {manifest.format}; this version reads format {FORMAT}")
     for file in manifest.files:
         path = folder / file.name
         size = storage.size(path)
         if size != file.bytes:
-            raise RunFailed(f"{path}: expected {file.bytes} bytes, found {'no file' if size is None else size}")
+            raise Broken(f"{path}: expected {file.bytes} bytes, found {'no file' if size is None else size}")
         if verify and storage.checksum(path) != file.checksum:
-            raise RunFailed(f"{path}: its content does not match its checksum")
+            raise Broken(f"{path}: its content does not match its checksum")
     return Checkpoint(folder, manifest)
 
 
@@ -126,27 +129,27 @@ def newest(run: Run, broken: dict[str, str], verify: bool = True) -> Checkpoint 
             continue
         try:
             return opened(found, verify)
-        except RunFailed as error:
+        except Broken as error:
             broken[found.name] = str(error)
     return None
 
 
-def load_model(folder: Path) -> dict[str, torch.Tensor]:
+def load_model(folder: storage.Place) -> dict[str, torch.Tensor]:
     """The model's weights of one checkpoint, by parameter and buffer name, on the CPU; averaged, if it has averages.
 
     Raises:
-        RunFailed: The checkpoint is not whole.
+        Broken: The checkpoint is not whole.
     """
     found = opened(folder)
     return found.tensors(MODEL) | found.tensors(AVERAGE)
 
 
-def last_attempt(folder: Path) -> int:
+def last_attempt(folder: storage.Place) -> int:
     """The highest attempt that left a folder, whole or not; 0 for none."""
     return max((_key(path.name)[1] for path in candidates(folder)), default=0)
 
 
-def candidates(folder: Path) -> list[Path]:
+def candidates(folder: storage.Place) -> list[storage.Place]:
     """Folders named like checkpoints, oldest first."""
     found = [path for path in storage.children(folder) if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: _key(path.name))

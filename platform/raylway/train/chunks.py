@@ -20,6 +20,8 @@ import torch
 from raylway import storage
 
 _PIECE_BYTES = 4 << 20
+_READ_BYTES = 32 << 20
+"""What is wanted of a file is read in ranges of about this size: of a bucket each is a request."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -147,7 +149,7 @@ def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
     return (content[at : at + _PIECE_BYTES] for at in range(0, len(content), _PIECE_BYTES))
 
 
-def read(folder: Path, files: Iterable[File], prefix: str, wanted: Wanted) -> dict[str, torch.Tensor]:
+def read(folder: storage.Place, files: Iterable[File], prefix: str, wanted: Wanted) -> dict[str, torch.Tensor]:
     """Tensors whose names start with the prefix, or parts of them, by the rest of their names, on the CPU.
 
     Args:
@@ -159,27 +161,67 @@ def read(folder: Path, files: Iterable[File], prefix: str, wanted: Wanted) -> di
     places = {key: place for key, shape in shapes(files, prefix).items() if (place := wanted(key, shape)) is not None}
     found: dict[str, torch.Tensor] = {}
     for file in files:
+        overlaps = []
         for chunk in file.chunks:
             key = chunk.name.removeprefix(prefix)
             if chunk.name.startswith(prefix) and key in places:
-                _read_overlap(found, key, places[key], chunk, folder / file.name)
+                found.setdefault(key, _empty(places[key], _DTYPES[chunk.dtype]))
+                overlaps.append(_Overlap.of(chunk, places[key], found[key]))
+        for together in _runs(sorted(filter(None, overlaps), key=lambda overlap: overlap.start)):
+            start = together[0].start
+            content = bytearray(storage.read_range(folder / file.name, start, together[-1].stop))
+            for overlap in together:
+                overlap.fill(content, overlap.start - start)
     return found
 
 
-def _read_overlap(found: dict[str, torch.Tensor], key: str, place: Place, chunk: Chunk, path: Path) -> None:
-    """Copy into `found[key]` what a chunk has of a place."""
-    dtype = _DTYPES[chunk.dtype]
-    target = found.setdefault(key, torch.empty([stop - start for start, stop in place], dtype=dtype))
-    both = [
-        (max(start, first), min(stop, last)) for (start, stop), (first, last) in zip(place, chunk.place, strict=True)
-    ]
-    if any(start >= stop for start, stop in both):
-        return
-    # Whole rows, which lie side by side; a single number is a row of its own.
-    first, last = (both[0][0] - chunk.offsets[0], both[0][1] - chunk.offsets[0]) if both else (0, 1)
-    row_bytes = math.prod(chunk.shape[1:]) * dtype.itemsize
-    content = storage.read_range(path, chunk.start + first * row_bytes, chunk.start + last * row_bytes)
-    part = torch.frombuffer(bytearray(content), dtype=dtype).view([last - first, *chunk.shape[1:]] if both else [])
-    inner = zip(both[1:], chunk.offsets[1:], strict=True)
-    part = part[(slice(None), *(slice(start - at, stop - at) for (start, stop), at in inner))] if both else part
-    target[tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, place, strict=True))] = part
+def _empty(place: Place, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty([stop - start for start, stop in place], dtype=dtype)
+
+
+class _Overlap(NamedTuple):
+    """What a chunk has of what is wanted."""
+
+    start: int
+    stop: int
+    """Bytes of the file: whole rows of the chunk, which lie side by side; a single number is a row of its own."""
+    shape: list[int]
+    """Of these rows."""
+    columns: tuple[slice, ...]
+    """What is wanted of each row."""
+    target: torch.Tensor
+    """Where it goes."""
+
+    @classmethod
+    def of(cls, chunk: Chunk, place: Place, tensor: torch.Tensor) -> _Overlap | None:
+        """None if they have nothing in common."""
+        both = [
+            (max(start, first), min(stop, last))
+            for (start, stop), (first, last) in zip(place, chunk.place, strict=True)
+        ]
+        if any(start >= stop for start, stop in both):
+            return None
+        source = [slice(start - at, stop - at) for (start, stop), at in zip(both, chunk.offsets, strict=True)]
+        target = tensor[tuple(slice(start - at, stop - at) for (start, stop), (at, _) in zip(both, place, strict=True))]
+        rows = source[0] if source else slice(0, 1)
+        row_bytes = math.prod(chunk.shape[1:]) * tensor.itemsize
+        shape = [rows.stop - rows.start, *chunk.shape[1:]] if source else []
+        start, stop = (chunk.start + row * row_bytes for row in (rows.start, rows.stop))
+        return cls(start, stop, shape, tuple(source[1:]), target)
+
+    def fill(self, content: bytearray, offset: int) -> None:
+        count = math.prod(self.shape)
+        part = torch.frombuffer(content, dtype=self.target.dtype, count=count, offset=offset).view(self.shape)
+        self.target.copy_(part[(slice(None), *self.columns)] if self.columns else part)
+
+
+def _runs(overlaps: Iterable[_Overlap]) -> Iterator[list[_Overlap]]:
+    """Those that lie side by side, together as far as one read goes."""
+    together: list[_Overlap] = []
+    for overlap in overlaps:
+        if together and (overlap.start > together[-1].stop or overlap.stop - together[0].start > _READ_BYTES):
+            yield together
+            together = []
+        together.append(overlap)
+    if together:
+        yield together

@@ -237,8 +237,6 @@ class Checkpoints:
     def _write(self, flight: _Flight) -> str:
         """In the threads of all ranks at once: write a checkpoint; returns why it could not be, on all alike."""
         final, rank = self._run.checkpoints / flight.name, self._groups.rank
-        if rank == 0 and self._taken_over():
-            raise RuntimeError("a later attempt has taken over this run")
         mine = msgspec.json.encode(self._write_mine(final, flight.parts))
         heard = [msgspec.json.decode(each, type=_Message) for each in messages.gathered(mine, self._groups.save)]
         bad = next((each.not_finite for each in heard if each.not_finite), "")
@@ -259,14 +257,16 @@ class Checkpoints:
                 self._tidy({flight.state.progress.best_checkpoint, flight.state.progress.anchor})
         return error
 
-    def _write_mine(self, final: Path, parts: dict[str, Part]) -> _Message:
+    def _write_mine(self, final: storage.Place, parts: dict[str, Part]) -> _Message:
         """Write this rank's part under a name of its own, then move it into the checkpoint's folder."""
+        rank = self._groups.rank
         if bad := not_finite({key: part.tensor for key, part in parts.items()}):
             return _Message(not_finite=bad)
-        if not parts:
-            return _Message()
-        rank = self._groups.rank
         try:
+            if rank == 0 and self._taken_over():
+                raise RuntimeError("a later attempt has taken over this run")
+            if not parts:
+                return _Message()
             with storage.scratch(self._run.checkpoints, f"{final.name}-r{rank}") as folder:
                 staged = folder / f"rank-{rank:05d}.safetensors"
                 file = chunks.write(staged, parts)
@@ -275,7 +275,7 @@ class Checkpoints:
             return _Message(error=_words(error))
         return _Message([file])
 
-    def _finish(self, final: Path, state: State, files: list[File]) -> str:
+    def _finish(self, final: storage.Place, state: State, files: list[File]) -> str:
         """Write the rest, the manifest last; returns why it could not be."""
         try:
             self._sync()
@@ -286,7 +286,8 @@ class Checkpoints:
                 storage.move(staged, final / STATE)
             record = Manifest(FORMAT, state.progress.step, self._start.attempt, files)
             storage.write_record(final / MANIFEST, record)
-            storage.sync_folder(self._run.checkpoints)
+            if isinstance(self._run.checkpoints, Path):
+                storage.sync_folder(self._run.checkpoints)
         except _REFUSALS as error:
             return _words(error)
         return ""
@@ -346,7 +347,7 @@ def _is_divided(tensor: torch.Tensor) -> bool:
     return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: storage.Place) -> None:
     """Without its manifest a half-removed folder is no checkpoint."""
     storage.remove(folder / MANIFEST)
     storage.remove(folder)
