@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from raylway.errors import RunFailed
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
-from raylway.train import checkpoint, failures, memory, optim, preemption, strategy
+from raylway.train import checkpoint, memory, optim, preemption, strategy
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Microbatch, Share
@@ -31,6 +29,7 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish, row_losses
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
@@ -59,7 +58,8 @@ def training(
         UserError: The model can't be built or trained.
         RunFailed: The data or the checkpoint is damaged.
     """
-    found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
+    # Rank 0 has just compared its contents (`worker`).
+    found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
     plan = memory.with_microbatch(task.plan, start.chosen.microbatch)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
@@ -79,6 +79,9 @@ def training(
     if found and state:
         checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
+    progress = _with_whole(run, state.progress) if state else Progress()
+    log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
+    checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -93,12 +96,12 @@ def training(
         precision=precision,
         feed=_training_feed(job, plan, prepared, groups, device),
         validation=_validation(job, plan, prepared, groups, device),
-        checkpoints=_checkpoints(job, run, groups, start),
-        log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
-        wish=Wishes(plan, stop_file(run), groups.rank == 0),
+        checkpoints=checkpoints,
+        log=log,
+        wish=Wishes(plan, stop_file(run), checkpoints, groups.rank == 0),
         event=run.log if groups.rank == 0 else _no_event,
     )
-    return assembled, _with_whole(run, state.progress) if state else Progress()
+    return assembled, progress
 
 
 def _searched(
@@ -146,17 +149,6 @@ def _weights(prepared: Prepared) -> np.ndarray:
     return balanced.weights(prepared.manifest.classes["train"])
 
 
-def _checkpoints(job: Job, run: Run, groups: Groups, start: Start) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoints,
-        job.train.checkpoint.keep,
-        start.attempt,
-        groups,
-        lambda: failures.latest(run) > start.attempt,
-        start.broken,
-    )
-
-
 def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
     """The model with the initial weights that the job's seed gives it: the same on every rank and machine.
 
@@ -172,24 +164,28 @@ def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
 
 
 class Wishes:
-    """When a rank would like a checkpoint, and whether it was told to stop.
+    """When a rank would like a checkpoint, has one written, and whether it was told to stop.
 
     Args:
         plan: How often.
         stop_file: Being there is the word to stop.
-        is_first: Rank 0 looks for both; every rank hears of its own node.
+        checkpoints: Of this attempt.
+        is_first: Rank 0 looks for all of this; every rank hears of the end of its own node.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path, is_first: bool) -> None:
-        self._plan, self._stop_file, self._is_first = plan, stop_file, is_first
+    def __init__(self, plan: Plan, stop_file: Path, checkpoints: Checkpoints, is_first: bool) -> None:
+        self._plan, self._stop_file, self._checkpoints, self._is_first = plan, stop_file, checkpoints, is_first
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
         if not self._is_first:
             return Wish(stop=preemption.is_near())
-        stop = self._stop_file.exists() or preemption.is_near()
-        return Wish(save=self._save_is_due(progress.step + 1), stop=stop)
+        return Wish(
+            save=self._save_is_due(progress.step + 1),
+            stop=self._stop_file.exists() or preemption.is_near(),
+            settle=self._checkpoints.has_ended,
+        )
 
     def _save_is_due(self, step: int) -> bool:
         if self._plan.checkpoint_every_steps is not None:
@@ -218,6 +214,6 @@ def _is_whole(run: Run, name: str) -> bool:
     try:
         if name:
             checkpoint.opened(run.checkpoints / name)
-    except RunFailed:
+    except checkpoint.Broken:
         return False
     return True

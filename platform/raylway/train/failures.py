@@ -80,8 +80,8 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
         RunFailed: This launch has started often enough from this step; carries the last cause.
     """
     excused = {found.attempt for found in recorded(run) if found.kind in _EXCUSED}
-    starts = [start for start in events_of(run, _STARTED, Attempt) if start.attempt not in excused]
-    same = [start for start in starts if (start.launch, start.from_step) == (launch, from_step)]
+    counted = [start for start in starts(run) if start.attempt not in excused]
+    same = [start for start in counted if (start.launch, start.from_step) == (launch, from_step)]
     if len(same) >= MOST_STARTS:
         raise RunFailed(
             f"training started {MOST_STARTS} times from step {from_step} and never reached the next checkpoint; "
@@ -94,12 +94,17 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
 
 def attempts(run: Run) -> int:
     """How many times the worker group was started, over all launches."""
-    return sum(1 for _ in events_of(run, _STARTED, Attempt))
+    return len(starts(run))
+
+
+def starts(run: Run) -> list[Attempt]:
+    """Each of them, oldest first."""
+    return list(events_of(run, _STARTED, Attempt))
 
 
 def latest(run: Run) -> int:
     """The number of the attempt that began last."""
-    return max((start.attempt for start in events_of(run, _STARTED, Attempt)), default=0)
+    return max((start.attempt for start in starts(run)), default=0)
 
 
 def record(run: Run, failure: Failure) -> None:

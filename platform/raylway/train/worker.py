@@ -5,6 +5,7 @@ Torch is imported inside: the driver imports this file to name the function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ def _start(task: Assignment, job: Job, run: Run, groups: Groups) -> Start | Fail
     answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
-        found = checkpoint.newest(run.checkpoints, broken)
+        found = checkpoint.newest(run, broken)
         for folder, reason in broken.items():
             run.log("checkpoint skipped", checkpoint=folder, reason=reason)
         from_step = found.manifest.step if found else 0
@@ -162,10 +163,11 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     with Watchdog(task.hang_limit_s, tell) as watchdog:
         training, progress = assemble.training(task, job, run, groups, start, watchdog.alive)
-        progress = loop.train(training, progress)
+        with contextlib.closing(training.checkpoints):
+            progress = loop.train(training, progress)
     if progress.step < training.plan.total_steps and not progress.stopped_early:
         preemption.leave(groups, stopped=assemble.stop_file(run).exists())
-    last = training.checkpoints.written or start.checkpoint
+    last = training.checkpoints.written
     return Report(
         microbatch=training.plan.microbatch,
         step=progress.step,
