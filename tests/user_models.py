@@ -94,6 +94,11 @@ class Watched(Net):
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "fill":
+                held = []
+                while True:
+                    held.append(bytearray(b"1" * 50_000_000))
+                    time.sleep(0.02)
             case "hang":
                 threading.Event().wait()
             case "hold":
@@ -104,7 +109,7 @@ def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`, `hang`, or `hold` on to Python's lock.
+    act: `kill`, `raise`, `fault`, `fill` the memory, `hang`, or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     once: A file that is made by the act, and prevents another.

@@ -71,8 +71,6 @@ def training(
     precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
     if start.chosen.search:
         plan = _searched(job, plan, prepared, module, precision, groups)
-    if groups.rank == 0 and job.train.microbatch == "auto":
-        memory.keep(run, plan, start.attempt)
     model = strategy.parallel(module, groups, plan, precision, alive)
     optimizer = optim.optimizer(model.module, job.train.optimizer)
     average = Average(model.module, job.train.optimizer.ema)
@@ -81,6 +79,9 @@ def training(
         precision.scaler.load_state_dict(state.scaler)
     progress = _with_whole(run, state.progress) if state else Progress()
     log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
+    is_auto = groups.rank == 0 and job.train.microbatch == "auto"
+    if is_auto and (text := memory.keep(run, start.attempt, task.plan.microbatch, plan)):
+        log.write("note", step=progress.step, text=text)
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
     assembled = Training(
         job=job.train,

@@ -29,6 +29,8 @@ MOST_STARTS = 3
 """Starts from one step within one launch: without progress a fourth would fail as well."""
 _LOOK_FOR_S = 1.0
 """How long a rank that lost its peers looks for their record. It is written before the connection breaks."""
+_OUT_OF_MEMORY = ("low on memory", "memory pressure", "(OOM)", "out-of-memory")
+"""In what Ray says about processes that it, or the kernel, has killed."""
 _STARTED, _FAILED, _PREEMPTED = "attempt started", "attempt failed", "attempt preempted"
 _EXCUSED = ("memory", "preempted")
 _TELLING = ("hang", "lost", "fault")
@@ -50,6 +52,7 @@ class Failure(msgspec.Struct, frozen=True):
 
     attempt: int
     rank: int
+    """-1: Ray Train's controller."""
     kind: Literal["user", "run", "fault", "hang", "lost", "memory", "preempted"]
     """The user's mistake (exit code 2), a run that can't go on (1), or one of those after which to start again."""
     text: list[str]
@@ -133,6 +136,18 @@ def _cause(run: Run, attempt: int) -> str:
     if not found:
         return "a worker's process ended without a word"
     return min(found, key=lambda failure: _TELLING.index(failure.kind)).text[-1]
+
+
+def of_a_process(error: Exception) -> str:
+    """How Ray says that a process ended, in fewer words."""
+    text = str(error)
+    if any(words in text for words in _OUT_OF_MEMORY):
+        return (
+            "killed, because the machine ran out of memory. Lower train.microbatch (the gradient stays the same) or "
+            "the workers on a machine (more train.resources.cpus for each), or use machines with more memory"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the process is gone: {' '.join(lines[-1:]) or type(error).__name__}"
 
 
 def blame(error: Exception, attempt: int, rank: int, user_folders: list[str]) -> Failure:

@@ -109,11 +109,25 @@ def first(job: Job, plan: Plan, run: Run, saved: int | None) -> Chosen:
     return Chosen(microbatch, can_search and known is None and bool(plan.gpus_per_worker))
 
 
-def keep(run: Run, plan: Plan, attempt: int) -> None:
-    """Record a plan's microbatch, if it is not the run's already. Called by rank 0 only."""
+def keep(run: Run, attempt: int, planned: int, plan: Plan) -> str:
+    """Record a plan's microbatch, if it is not the run's already. Called by rank 0 only.
+
+    Args:
+        run: The run.
+        attempt: That has it.
+        planned: The microbatch that the command announced.
+        plan: What it came to.
+
+    Returns:
+        What the user should hear; nothing if all is as announced.
+    """
     chosen = [found.microbatch for found in failures.events_of(run, _CHOSEN, Chosen)]
-    if chosen[-1:] != [plan.microbatch]:
-        run.log(_CHOSEN, attempt=attempt, microbatch=plan.microbatch, accumulation=plan.accumulation)
+    if chosen[-1:] == [plan.microbatch]:
+        return ""
+    run.log(_CHOSEN, attempt=attempt, microbatch=plan.microbatch, accumulation=plan.accumulation)
+    if plan.microbatch >= planned:
+        return ""
+    return f"microbatch {plan.microbatch:,} x {plan.accumulation:,}: more rows at once do not fit into memory"
 
 
 def with_microbatch(plan: Plan, microbatch: int) -> Plan:

@@ -22,6 +22,7 @@ from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, memory, watchdog, worker
+from raylway.train.failures import Failure
 from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
@@ -172,6 +173,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
+        fitting.is_left.set()
         stop_file.unlink(missing_ok=True)
     return fitting.report()
 
@@ -182,25 +184,41 @@ class _Fit(threading.Thread):
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._run_folder = run.folder
+        self._run = run
         self._scratch = run.folder / _SCRATCH
         self._value: Any = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self.is_left = threading.Event()
+        """The command ends, and Ray with it: no more starts."""
         self.ended = threading.Event()
         """To wait for instead of `join`: a join that Ctrl-C breaks off takes the thread for ended (Python 3.11)."""
 
     def run(self) -> None:
         try:
-            self._value = self._fit()
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            while self._value is None:
+                self._value = self._fit_once()
+        except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         finally:
             self.ended.set()
 
     def report(self) -> worker.Report:
         if self._error is not None:
-            raise RunFailed(f"Ray Train ended the run: {self._error}") from self._error
+            raise RunFailed(f"Ray Train ended the run: {failures.of_a_process(self._error)}") from self._error
         return msgspec.convert(self._value, worker.Report)
+
+    def _fit_once(self) -> Any:
+        """What the workers return; None if Ray Train's own processes were lost, and all is to be started again."""
+        before = failures.latest(self._run)
+        try:
+            return self._fit()
+        except Exception as error:
+            attempt = failures.latest(self._run)
+            # Each start is counted, and refused if there are too many without progress; without one nothing is.
+            if attempt == before or self.is_left.is_set():
+                raise
+            failures.record(self._run, Failure(attempt, -1, "lost", [failures.of_a_process(error)]))
+            return None
 
     def _fit(self) -> Any:
         # By their own places: to mypy `ray.train` shows the classes of the version before.
@@ -232,7 +250,7 @@ class _Fit(threading.Thread):
                 storage_path=str(self._scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[Witness(str(self._run_folder))],
+                callbacks=[Witness(str(self._run.folder))],
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),

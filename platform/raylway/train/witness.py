@@ -15,9 +15,6 @@ from raylway.runs.run import Run
 from raylway.train import failures
 from raylway.train.failures import Failure
 
-_OUT_OF_MEMORY = ("low on memory", "memory pressure", "(OOM)", "out-of-memory")
-"""In what Ray says about workers that it, or the kernel, has killed."""
-
 
 class Witness(UserCallback):
     """Called in the controller's process.
@@ -38,15 +35,4 @@ class Witness(UserCallback):
             is_gone = isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
             if is_gone and (attempt, rank) not in self._seen:
                 self._seen.add((attempt, rank))
-                failures.record(run, Failure(attempt, rank, "lost", [f"rank {rank}: {_words(error)}"]))
-
-
-def _words(error: Exception) -> str:
-    text = str(error)
-    if any(words in text for words in _OUT_OF_MEMORY):
-        return (
-            "its process was killed because the machine ran out of memory. Lower train.microbatch (the gradient stays "
-            "the same) or the workers on a machine (more train.resources.cpus for each), or use machines with more"
-        )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "its process is gone: " + " ".join(lines[-1:])
+                failures.record(run, Failure(attempt, rank, "lost", [f"rank {rank}: {failures.of_a_process(error)}"]))
