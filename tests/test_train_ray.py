@@ -22,7 +22,7 @@ from raylway.errors import UserError
 from raylway.job.load import LoadedJob
 from raylway.launch.capacity import Capacity, Node
 from raylway.runs.progress import Reporter
-from raylway.train import trainer
+from raylway.train import failures, trainer
 
 TRAIN = {
     "for": "4 epochs",
@@ -73,12 +73,54 @@ def test_a_worker_killed_mid_epoch_changes_no_bit(
     events = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     starts = [event for event in events if event["event"] == "attempt started"]
     assert [start["from_step"] for start in starts] == [0, 12]
+    (lost,) = [failure for failure in failures.recorded(broken.run) if failure.kind == "lost"]
+    assert (lost.attempt, lost.rank) == (1, 1) and "ended without a word" in lost.text[0]
     assert not (broken.run.folder / ".ray-train").exists()
 
     # Finished: a second start makes no step.
     again = trainer.train(loaded(broken), broken.run, broken.prepared, FOUR_CPUS, Reporter("lines"))
     assert (again.last_step, again.last_checkpoint) == (32, "step-00000032-a002")
     assert len(broken.steps()) == 32
+
+
+def test_what_ray_says_of_memory_becomes_what_to_change(tmp_path: Path) -> None:
+    """Its words are those of a real kill; a long test has one."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from raylway.train.witness import Witness
+
+    run = case(tmp_path, TRAIN).run
+    failures.begin(run, "launch", 0, 2, used=0)
+    killed = OutOfMemoryError("3 worker(s) were killed due to the node running low on memory.\nObject store: ...")
+    seen: Any = {0: ValueError("its own word"), 1: WorkerHealthCheckFailedError("A health check failed.", killed)}
+    witness = Witness(str(run.folder))
+    for _ in range(2):
+        witness.after_exception(None, seen)  # type: ignore[arg-type]
+    (lost,) = failures.recorded(run)
+    assert (lost.kind, lost.rank) == ("lost", 1)
+    assert "ran out of memory. Lower train.microbatch" in lost.text[0]
+
+
+def free_bytes() -> tuple[int, int]:
+    """Of this machine: what there is, and what is in use."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (1024 * int(facts[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return total, total - free
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_worker_that_fills_the_machine_is_killed_and_the_run_says_what_to_change(tmp_path: Path) -> None:
+    total, used = free_bytes()
+    filled = case(tmp_path, TRAIN, act="fill", at=3, rank=1)
+    limits = {"RAY_memory_usage_threshold": f"{(used + 6e9) / total:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    driver = Driver(filled, environment() | limits)
+    _, shown = driver.process.communicate(timeout=800)
+    assert driver.process.returncode == 1
+    assert "RunFailed" in shown and "ran out of memory. Lower train.microbatch" in shown
+    lost = [failure.text[0] for failure in failures.recorded(filled.run) if failure.kind == "lost"]
+    assert any("ran out of memory" in text for text in lost)
 
 
 def test_a_mistake_of_the_users_is_told_once_and_not_tried_again(tmp_path: Path, ray_session: None) -> None:
@@ -113,7 +155,7 @@ import ranks, test_train_ray
 from raylway.features.prepared import Prepared
 from raylway.launch.start import connect
 from raylway.runs.progress import Reporter
-from raylway.train import trainer
+from raylway.train import failures, trainer
 
 case = ranks.Case(Path({run!r}), Prepared(Path({prepared!r})), {train!r}, {model!r}, [test_train_ray.FOLDER])
 reporter = Reporter("lines")

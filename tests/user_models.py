@@ -38,6 +38,21 @@ def net(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Mo
     return Net(num_numeric, num_outputs)
 
 
+class Frequencies(nn.Module):
+    """One logit for each class, at first 0: the smallest language model there is."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(outputs, dtype=torch.float64))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(numeric), -1)
+
+
+def frequencies(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    return Frequencies(num_outputs)
+
+
 class Layers(nn.Module):
     """Every kind of parameter that an optimizer treats apart, in float64."""
 

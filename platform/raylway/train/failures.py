@@ -146,6 +146,10 @@ def of_a_process(error: Exception) -> str:
             "killed, because the machine ran out of memory. Lower train.microbatch (the gradient stays the same) or "
             "the workers on a machine (more train.resources.cpus for each), or use machines with more memory"
         )
+    if "worker process has died" in text:
+        return (
+            "its process ended without a word: it crashed, or was killed, perhaps by the kernel for its memory (dmesg)"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the process is gone: {' '.join(lines[-1:]) or type(error).__name__}"
 

@@ -35,6 +35,8 @@ _LOOKS = 20
 _SLOW_BY_NATURE = ("/torch/_dynamo/", "/torch/_inductor/", "/raylway/train/checkpoint", "/raylway/train/sav")
 _EXCHANGES = ("/torch/distributed/", "/torch/autograd/", "/raylway/train/messages.py")
 _SHOWN_FRAMES = 12
+_STANDARD_ERROR = 2
+"""By its number: `sys.stderr` may be replaced by something that is no file."""
 
 
 def limit_s() -> float:
@@ -96,7 +98,7 @@ class Watchdog:
             last = now
             # If this thread can't run either, because something holds Python's lock, this ends the process, and its
             # standard error has the stack.
-            faulthandler.dump_traceback_later(LONG * self._limit_s, exit=True)
+            faulthandler.dump_traceback_later(LONG * self._limit_s, exit=True, file=_STANDARD_ERROR)
             frames = self._frames()
             if self._quiet_s > self._limit_s * self._patience(frames):
                 self._tell(self._words(frames))
