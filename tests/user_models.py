@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,11 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if self._passes == acts.get("until") and rank == acts.get("rank", rank):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
         if "once" in acts:
@@ -89,15 +96,18 @@ class Watched(Net):
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise` or `fault`.
+    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 bytes.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
+    until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
     record: A folder for the rows that were seen, and a random number of each pass.
     """

@@ -11,6 +11,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,9 @@ def latest(run: Run) -> int:
 
 
 def record(run: Run, failure: Failure) -> None:
-    run.log(_FAILED, **msgspec.structs.asdict(failure))
+    """As far as it goes: a full disk must not hide the cause of the failure."""
+    with suppress(OSError):
+        run.log(_FAILED, **msgspec.structs.asdict(failure))
 
 
 def of_a_peer(run: Run, attempt: int) -> Failure | None:
