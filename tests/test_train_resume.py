@@ -188,7 +188,7 @@ FULL = EVERY_STEP | {"checkpoint": {"every": "3 steps", "keep": 9}, "validate": 
 
 
 def filled(folder: Path, prepared: Any, **acts: Any) -> ranks.Case:
-    model = {"kind": "user_models:watched", "args": acts}
+    model = {"kind": "user_models:watched", "args": {"act": "full", **acts}}
     return ranks.Case(folder, prepared, FULL, model, [FOLDER])
 
 
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(tmp_path: Path) -> N
     prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
     whole = filled(tmp_path / "whole", prepared)
     expected = ranks.done(whole, 2)
-    full = filled(tmp_path / "full", prepared, act="full", at=5, until=7, rank=1)
+    full = filled(tmp_path / "full", prepared, at=5, until=7, rank=1)
     report = ranks.done(full, 2)
     assert [(event["checkpoint"], "File too large" in event["reason"]) for event in failed(full)] == [
         ("step-00000006-a001", True)
@@ -220,7 +220,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(t
     prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
     whole = filled(tmp_path / "whole", prepared)
     expected = ranks.done(whole, 2)
-    full = filled(tmp_path / "full", prepared, act="full", at=5, rank=1, once=str(tmp_path / "filled"))
+    full = filled(tmp_path / "full", prepared, at=5, rank=1, once=str(tmp_path / "filled"))
     for reports in ranks.run(full.assignment(2), workers=2, folder=tmp_path):
         failure = reports[0].failure
         assert failure is not None and failure.kind == "run"

@@ -64,6 +64,8 @@ class Watched(Net):
     def __init__(self, width: int, outputs: int, dropout: float, acts: dict[str, Any]) -> None:
         super().__init__(width, outputs, dropout)
         self._acts, self._passes = acts, 0
+        for index in range(2 if acts.get("act") == "full" else 0):  # for each of two ranks one to write
+            self.register_buffer(f"ballast_{index}", torch.zeros(1 << 14, dtype=torch.float64))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
@@ -97,14 +99,15 @@ class Watched(Net):
             case "fault":
                 raise OSError("a machine's fault")
             case "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 bytes.
+    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 KiB;
+        a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
