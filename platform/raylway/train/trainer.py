@@ -11,7 +11,6 @@ import secrets
 import shutil
 import threading
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -19,6 +18,7 @@ import msgspec
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
+from raylway.runs import journal
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, worker
@@ -241,29 +241,18 @@ class _Follower:
     """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
 
     def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._path: Path = run.metrics
+        self._tail = journal.Tail(run.metrics)
         self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._validation: dict[str, float] = {}
 
     def look(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._read:
-                self._read = 0
-            file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
         steps = []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
+        for line in self._tail.new():
             try:
                 found = msgspec.json.decode(line)
             except msgspec.DecodeError:
-                self._read = 0  # a resumed run has cut it back and is past this point again
+                self._tail.restart()  # a resumed run has cut it back and is past this point again
                 break
-            self._read += len(line)
             if found["kind"] == "step":
                 steps.append(found)
             elif found["kind"] == "note":

@@ -142,6 +142,7 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     training, progress = assemble.training(task, job, run, groups, start)
     progress = loop.train(training, progress)
+    training.log.close()
     last = training.checkpoints.written or start.checkpoint
     return Report(
         step=progress.step,
