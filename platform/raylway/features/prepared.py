@@ -13,6 +13,8 @@ Parquet and python sources the row's number from 1).
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +27,14 @@ from raylway.errors import RunFailed
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
+from raylway.storage import Place, cache
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
+_AT_ONCE = 4
+_TOUCH_EVERY_S = 30.0
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -133,29 +138,29 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rows:
-    """The rows of one split, memory-mapped; nothing is copied until rows are taken.
+    """The rows of one split, memory-mapped: a shard is opened when rows of it are first taken; one of a bucket is
+    fetched then, if `ahead` has not done so.
 
     Args:
         folder: The prepared folder.
         shards: Shards of one split, in order; none for a split without rows.
         schema: Of the shards.
-        verify: Compare a shard's checksum when rows of it are first taken.
+        verify: Compare a shard's checksum when it is opened; what comes from a bucket always is.
 
     Raises:
         RunFailed: A shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
-        for shard in shards:
-            _check_size(folder / shard.file, shard)
-        self._unverified = {index: (folder / shard.file, shard) for index, shard in enumerate(shards)} if verify else {}
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all() for shard in shards]
-        tables = tables or [schema.empty_table()]
-        self._numeric = [_matrix(table["numeric"], np.float32) for table in tables]
-        self._categorical = [_matrix(table["categorical"], np.int32) for table in tables]
-        self._target = [table["target"].combine_chunks().to_numpy() for table in tables]
-        self._row_id = [table["row_id"].combine_chunks().to_numpy() for table in tables]
+    def __init__(self, folder: Place, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
+        self._folder, self._shards, self._verify = folder, shards, verify
+        if isinstance(folder, Path):
+            for shard in shards:
+                _check_size(folder / shard.file, shard)
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._none = _Opened.of(schema.empty_table())
+        self._open: dict[int, _Opened] = {}
+        self._fetcher: ThreadPoolExecutor | None = None
+        self._asked: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -169,45 +174,99 @@ class Rows:
         Raises:
             RunFailed: A shard that is read for the first time is damaged.
         """
-        if self._unverified:
-            self._verify(positions)
-        return (
-            self._gather(self._numeric, positions),
-            self._gather(self._categorical, positions),
-            self._gather(self._target, positions),
-            self._gather(self._row_id, positions),
-        )
+        owner = self._owner(positions)
+        some = np.unique(owner)
+        if len(some) == 1:
+            opened = self._opened(int(some[0]))
+            inside = positions - self._starts[some[0]]
+            return opened.numeric[inside], opened.categorical[inside], opened.target[inside], opened.row_id[inside]
+        taken = self._none.of_rows(len(positions))
+        for index in some:
+            mine = owner == index
+            inside = positions[mine] - self._starts[index]
+            opened = self._opened(int(index))
+            taken.numeric[mine] = opened.numeric[inside]
+            taken.categorical[mine] = opened.categorical[inside]
+            taken.target[mine] = opened.target[inside]
+            taken.row_id[mine] = opened.row_id[inside]
+        return taken.numeric, taken.categorical, taken.target, taken.row_id
 
     def targets(self) -> np.ndarray:
         """The target of every row [N], in the order of the shards: one read of all shards (4 or 8 bytes a row)."""
-        self._verify(self._starts[:-1])
-        return np.concatenate(self._target)
+        every = [self._opened(index).target for index in range(len(self._shards))]
+        return np.concatenate([*every, self._none.target])
 
-    def _verify(self, positions: np.ndarray) -> None:
-        for index in np.unique(np.searchsorted(self._starts, positions, side="right") - 1):
-            if (found := self._unverified.pop(int(index), None)) is not None:
-                _check_content(*found)
+    def ahead(self, positions: np.ndarray) -> None:
+        """Fetch in the background what `take` of these positions will need from a bucket. Returns at once."""
+        if isinstance(self._folder, Path):
+            return
+        self._fetcher = self._fetcher or ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
+        for index in set(np.unique(self._owner(positions)).tolist()) - self._asked - self._open.keys():
+            self._asked.add(index)
+            self._fetcher.submit(self._local, index)
 
-    def _gather(self, parts: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
-        if len(parts) == 1:
-            return parts[0][positions]
-        result = np.empty((len(positions), *parts[0].shape[1:]), parts[0].dtype)
-        owner = np.searchsorted(self._starts, positions, side="right") - 1
-        for index in np.unique(owner):
-            mine = owner == index
-            result[mine] = parts[index][positions[mine] - self._starts[index]]
-        return result
+    def _owner(self, positions: np.ndarray) -> np.ndarray:
+        """The shard of each position."""
+        return np.searchsorted(self._starts, positions, side="right") - 1
+
+    def _opened(self, index: int) -> _Opened:
+        if (found := self._open.get(index)) is None:
+            path = self._local(index)
+            if self._verify and isinstance(self._folder, Path):
+                _check_content(path, self._shards[index])
+            found = self._open[index] = _Opened.of(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
+            # What the cache has removed would keep its room on the disk while it is mapped here.
+            self._open = {at: each for at, each in self._open.items() if at == index or each.is_there}
+            self._asked.discard(index)
+        found.touch()
+        return found
+
+    def _local(self, index: int) -> Path:
+        shard = self._shards[index]
+        try:
+            return storage.local(self._folder / shard.file, shard.bytes, shard.checksum)
+        except FileNotFoundError:
+            raise _missing(self._folder / shard.file) from None
+
+
+class _Opened:
+    """The columns of a mapped shard."""
+
+    def __init__(self, columns: list[np.ndarray], path: Path | None) -> None:
+        self.numeric, self.categorical, self.target, self.row_id = columns
+        self._path = path
+        self._touched_at = time.monotonic()
+
+    @classmethod
+    def of(cls, table: pa.Table, path: Path | None = None) -> _Opened:
+        matrices = [_matrix(table["numeric"], np.float32), _matrix(table["categorical"], np.int32)]
+        return cls([*matrices, *(table[name].combine_chunks().to_numpy() for name in ("target", "row_id"))], path)
+
+    def of_rows(self, count: int) -> _Opened:
+        """Room for so many rows of its kind."""
+        columns = (self.numeric, self.categorical, self.target, self.row_id)
+        return _Opened([np.empty((count, *each.shape[1:]), each.dtype) for each in columns], None)
+
+    @property
+    def is_there(self) -> bool:
+        return self._path is not None and self._path.exists()
+
+    def touch(self) -> None:
+        """Tell the cache now and then that the shard is in use."""
+        if self._path is not None and time.monotonic() - self._touched_at > _TOUCH_EVERY_S:
+            self._touched_at = time.monotonic()
+            cache.touch(self._path)
 
 
 class Prepared:
-    """An open prepared folder.
+    """An open prepared folder, or one of a bucket.
 
     Raises:
         UserError: The manifest is damaged or of another format version.
         FileNotFoundError: The folder is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.manifest = storage.read_record(folder / MANIFEST, Manifest)
 
@@ -238,8 +297,12 @@ def _matrix(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    if (path.stat().st_size if path.exists() else -1) != shard.bytes:
-        raise RunFailed(f"{path}: the shard is missing or damaged; remove {path.parent} and run the job again")
+    if storage.size(path) != shard.bytes:
+        raise _missing(path)
+
+
+def _missing(place: Place) -> RunFailed:
+    return RunFailed(f"{place}: the shard is missing or damaged; remove {place.parent} and run the job again")
 
 
 def _check_content(path: Path, shard: Shard) -> None:

@@ -6,12 +6,15 @@ when the process is killed between any two instructions, and what matters has a 
 """
 
 from raylway.storage.buckets import Address
-from raylway.storage.folders import checksum, scratch_folder, staged_folder, sync_folder, writing
+from raylway.storage.folders import scratch_folder, staged_folder, sync_folder, writing
 from raylway.storage.places import (
     Place,
+    checksum,
     children,
     existing_root,
+    here,
     local,
+    made,
     move,
     place,
     prepare_folder,
@@ -32,7 +35,9 @@ __all__ = [
     "checksum",
     "children",
     "existing_root",
+    "here",
     "local",
+    "made",
     "move",
     "place",
     "prepare_folder",

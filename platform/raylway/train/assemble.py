@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylway import storage
 from raylway.errors import RunFailed
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
 from raylway.train import checkpoint, failures, optim, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import Checkpoints, State
@@ -35,9 +36,6 @@ from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
 
-STOP_FILE = "stop"
-"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
-
 
 def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
     """Model, data and settings in the state of the checkpoint that the start names. All ranks call it at once.
@@ -51,7 +49,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     plan = _with_microbatch(task.plan, state)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
-    prepared = Prepared(Path(task.prepared))
+    prepared = Prepared(storage.place(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
@@ -87,7 +85,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
-        wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, StopWord(run.folder)) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, _with_whole(run, state.progress) if state else Progress()
@@ -145,16 +143,16 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop_file: Being there is the word to stop.
+        stop: The word to stop.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path) -> None:
-        self._plan, self._stop_file = plan, stop_file
+    def __init__(self, plan: Plan, stop: StopWord) -> None:
+        self._plan, self._stop = plan, stop
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
-        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop_file.exists())
+        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop.is_given())
 
     def _save_is_due(self, step: int) -> bool:
         if self._plan.checkpoint_every_steps is not None:

@@ -6,11 +6,11 @@ Torch is imported inside: the driver imports this file to name the function.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs.run import Run
@@ -92,7 +92,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = (
+        Groups.create(task.plan.division),
+        Run(storage.place(task.run)),
+        Job.model_validate_json(task.job),
+    )
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
