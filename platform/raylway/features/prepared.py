@@ -13,10 +13,9 @@ Parquet and python sources the row's number from 1).
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,14 +26,14 @@ from raylway.errors import RunFailed
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
-from raylway.storage import Place, cache
+from raylway.storage import Place
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
-_AT_ONCE = 4
-_TOUCH_EVERY_S = 30.0
+MOST_OPEN = 4_096
+"""Shards of a split: each is a mapping of memory, of which a process may have some ten thousands."""
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -137,30 +136,38 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lineage: Lineage = Lineage()
 
 
+class _Columns(NamedTuple):
+    """Of one shard, memory-mapped."""
+
+    numeric: np.ndarray
+    """float32 [n, D]"""
+    categorical: np.ndarray
+    """int32 [n, C]"""
+    target: np.ndarray
+    row_id: np.ndarray
+    """uint64 [n]"""
+
+
 class Rows:
-    """The rows of one split, memory-mapped: a shard is opened when rows of it are first taken; one of a bucket is
-    fetched then, if `ahead` has not done so.
+    """The rows of one split, memory-mapped. A shard is opened when rows of it are first taken; the newest stay open.
+    One of a bucket is fetched then, and stays open as long as the cache of this machine keeps it.
+
+    Several threads may use it at once.
 
     Args:
         folder: The prepared folder.
         shards: Shards of one split, in order; none for a split without rows.
         schema: Of the shards.
-        verify: Compare a shard's checksum when it is opened; what comes from a bucket always is.
-
-    Raises:
-        RunFailed: A shard is missing or damaged.
+        verify: Compare a shard's checksum when rows of it are first taken; what is fetched always is.
     """
 
     def __init__(self, folder: Place, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
-        self._folder, self._shards, self._verify = folder, shards, verify
-        if isinstance(folder, Path):
-            for shard in shards:
-                _check_size(folder / shard.file, shard)
+        self._folder, self._shards = folder, shards
+        self._empty = _columns(schema.empty_table())
+        self._unverified = set(range(len(shards))) if verify else set()
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._none = _Opened.of(schema.empty_table())
-        self._open: dict[int, _Opened] = {}
-        self._fetcher: ThreadPoolExecutor | None = None
-        self._asked: set[int] = set()
+        self._open: dict[int, tuple[_Columns, Path]] = {}
+        self._locks: dict[int, threading.Lock] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -172,90 +179,75 @@ class Rows:
             numeric float32 [n, D], categorical int32 [n, C], target [n], row_id uint64 [n].
 
         Raises:
-            RunFailed: A shard that is read for the first time is damaged.
+            RunFailed: A shard is missing or damaged.
         """
-        owner = self._owner(positions)
-        some = np.unique(owner)
-        if len(some) == 1:
-            opened = self._opened(int(some[0]))
-            inside = positions - self._starts[some[0]]
-            return opened.numeric[inside], opened.categorical[inside], opened.target[inside], opened.row_id[inside]
-        taken = self._none.of_rows(len(positions))
-        for index in some:
-            mine = owner == index
-            inside = positions[mine] - self._starts[index]
-            opened = self._opened(int(index))
-            taken.numeric[mine] = opened.numeric[inside]
-            taken.categorical[mine] = opened.categorical[inside]
-            taken.target[mine] = opened.target[inside]
-            taken.row_id[mine] = opened.row_id[inside]
-        return taken.numeric, taken.categorical, taken.target, taken.row_id
+        if not len(positions):
+            return tuple(part[positions] for part in self._empty)
+        if len(self._shards) == 1:
+            numeric, categorical, target, row_id = self._shard(0)
+            return numeric[positions], categorical[positions], target[positions], row_id[positions]
+        found = tuple(np.empty((len(positions), *part.shape[1:]), part.dtype) for part in self._empty)
+        owner = np.searchsorted(self._starts, positions, side="right") - 1
+        by_shard = np.argsort(owner, kind="stable")
+        shards, begins = np.unique(owner[by_shard], return_index=True)
+        for shard, places in zip(shards.tolist(), np.split(by_shard, begins[1:]), strict=True):
+            inside = positions[places] - self._starts[shard]
+            for column, part in zip(found, self._shard(shard), strict=True):
+                column[places] = part[inside]
+        return found[0], found[1], found[2], found[3]
+
+    def open(self, spans: np.ndarray) -> None:
+        """Open, and read once to compare the checksums, the shards that hold some rows, before they are taken.
+
+        Args:
+            spans: int64 [S, 2], first position and count, each within one shard.
+
+        Raises:
+            RunFailed: A shard is missing or damaged.
+        """
+        for shard in np.unique(np.searchsorted(self._starts, spans[:, 0], side="right") - 1).tolist():
+            self._shard(shard)
+
+    @property
+    def opened(self) -> list[str]:
+        """Files of the shards that are open."""
+        return sorted(self._shards[shard].file for shard in self._open)
 
     def targets(self) -> np.ndarray:
         """The target of every row [N], in the order of the shards: one read of all shards (4 or 8 bytes a row)."""
-        every = [self._opened(index).target for index in range(len(self._shards))]
-        return np.concatenate([*every, self._none.target])
+        return np.concatenate([self._empty.target, *(self._shard(index).target for index in range(len(self._shards)))])
 
-    def ahead(self, positions: np.ndarray) -> None:
-        """Fetch in the background what `take` of these positions will need from a bucket. Returns at once."""
-        if isinstance(self._folder, Path):
-            return
-        self._fetcher = self._fetcher or ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
-        for index in set(np.unique(self._owner(positions)).tolist()) - self._asked - self._open.keys():
-            self._asked.add(index)
-            self._fetcher.submit(self._local, index)
+    def _shard(self, index: int) -> _Columns:
+        found = self._open.get(index)
+        if found is None:
+            with self._locks.setdefault(index, threading.Lock()):
+                found = self._open.get(index)
+                return self._mapped(index) if found is None else found[0]
+        return found[0]
 
-    def _owner(self, positions: np.ndarray) -> np.ndarray:
-        """The shard of each position."""
-        return np.searchsorted(self._starts, positions, side="right") - 1
-
-    def _opened(self, index: int) -> _Opened:
-        if (found := self._open.get(index)) is None:
-            path = self._local(index)
-            if self._verify and isinstance(self._folder, Path):
-                _check_content(path, self._shards[index])
-            found = self._open[index] = _Opened.of(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
-            # What the cache has removed would keep its room on the disk while it is mapped here.
-            self._open = {at: each for at, each in self._open.items() if at == index or each.is_there}
-            self._asked.discard(index)
-        found.touch()
+    def _mapped(self, index: int) -> _Columns:
+        shard = self._shards[index]
+        path = self._local(shard)
+        if index in self._unverified and isinstance(self._folder, Path):
+            _check_content(path, shard)
+            self._unverified.remove(index)
+        for other in [other for other, (_, file) in list(self._open.items()) if not file.exists()]:
+            self._open.pop(other, None)  # it has left the cache, and would keep its room on the disk while it is mapped
+        if len(self._open) >= MOST_OPEN:
+            self._open.pop(next(iter(self._open)), None)
+        found = _columns(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        self._open[index] = found, path
         return found
 
-    def _local(self, index: int) -> Path:
-        shard = self._shards[index]
+    def _local(self, shard: Shard) -> Path:
+        place = self._folder / shard.file
+        if isinstance(place, Path):
+            _check_size(place, shard)
+            return place
         try:
-            return storage.local(self._folder / shard.file, shard.bytes, shard.checksum)
+            return storage.local(place, shard.bytes, shard.checksum)
         except FileNotFoundError:
-            raise _missing(self._folder / shard.file) from None
-
-
-class _Opened:
-    """The columns of a mapped shard."""
-
-    def __init__(self, columns: list[np.ndarray], path: Path | None) -> None:
-        self.numeric, self.categorical, self.target, self.row_id = columns
-        self._path = path
-        self._touched_at = time.monotonic()
-
-    @classmethod
-    def of(cls, table: pa.Table, path: Path | None = None) -> _Opened:
-        matrices = [_matrix(table["numeric"], np.float32), _matrix(table["categorical"], np.int32)]
-        return cls([*matrices, *(table[name].combine_chunks().to_numpy() for name in ("target", "row_id"))], path)
-
-    def of_rows(self, count: int) -> _Opened:
-        """Room for so many rows of its kind."""
-        columns = (self.numeric, self.categorical, self.target, self.row_id)
-        return _Opened([np.empty((count, *each.shape[1:]), each.dtype) for each in columns], None)
-
-    @property
-    def is_there(self) -> bool:
-        return self._path is not None and self._path.exists()
-
-    def touch(self) -> None:
-        """Tell the cache now and then that the shard is in use."""
-        if self._path is not None and time.monotonic() - self._touched_at > _TOUCH_EVERY_S:
-            self._touched_at = time.monotonic()
-            cache.touch(self._path)
+            raise _missing(place) from None
 
 
 class Prepared:
@@ -288,6 +280,15 @@ def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) ->
             "target": target,
             "row_id": pa.uint64(),
         }
+    )
+
+
+def _columns(table: pa.Table) -> _Columns:
+    return _Columns(
+        _matrix(table["numeric"], np.float32),
+        _matrix(table["categorical"], np.int32),
+        table["target"].combine_chunks().to_numpy(),
+        table["row_id"].combine_chunks().to_numpy(),
     )
 
 
