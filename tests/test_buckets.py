@@ -87,8 +87,10 @@ def test_lines_of_a_bucket_are_those_of_a_file(
                 for writer in writers:
                     writer.write(b"%d" % (10**length) + b"\n")
                 if place % 3 < marked:
-                    assert writers[0].mark() == writers[1].mark()
-                    marks.append(writers[0].mark())
+                    for writer in writers:
+                        writer.sync()
+                    assert writers[0].size == writers[1].size
+                    marks.append(writers[0].size)
             for writer in writers:
                 writer.close()
             assert journal.read(address) == journal.read(file)
@@ -99,17 +101,18 @@ def test_lines_of_a_bucket_are_those_of_a_file(
 def test_a_writer_whose_successor_has_begun_is_not_heard(root: Address) -> None:
     first = journal.begin(root / "metrics.jsonl", 0)
     first.write(b"1\n")
-    size = first.mark()
+    first.sync()
+    size = first.size
     first.write(b"lost\n")
-    first.mark()
+    first.sync()
     second = journal.begin(root / "metrics.jsonl", size)
     assert journal.read(root / "metrics.jsonl") == b"1\n"
     tail = journal.Tail(root / "metrics.jsonl")
     tail._looked_at = 0.0
     first.write(b"zombie\n")
-    first.mark()
+    first.sync()
     second.write(b"2\n")
-    second.mark()
+    second.sync()
     assert journal.read(root / "metrics.jsonl") == b"1\n2\n"
     assert tail.new() == [b"2"] and tail.new() == []
 

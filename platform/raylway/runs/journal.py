@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,8 +61,13 @@ class Writer(Protocol):
         """Append a line. Raises RunFailed where earlier ones could not be sent."""
         ...
 
-    def mark(self) -> int:
-        """The length of all lines, which are now where they should be."""
+    @property
+    def size(self) -> int:
+        """The length of all lines."""
+        ...
+
+    def sync(self) -> None:
+        """Return when all that was written is where it should be. From any thread."""
         ...
 
     def close(self) -> None: ...
@@ -137,9 +143,12 @@ class _File:
     def write(self, line: bytes) -> None:
         self._file.write(line)
 
-    def mark(self) -> int:
-        os.fsync(self._file.fileno())
+    @property
+    def size(self) -> int:
         return self._file.tell()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -151,42 +160,43 @@ class _Segments:
     def __init__(self, place: Address, size: int) -> None:
         starts = [int(found[1]) for each in place.iterdir() if (found := _OF_A_START.fullmatch(each.name))]
         self._place, self._start = place, 1 + max(starts, default=0)
-        self._offset, self._lines, self._sent = size, bytearray(), 0
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._offset, self._lines, self._sent = size, bytearray(), -1
+        self._of_lines, self._of_sending = threading.Lock(), threading.Lock()
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="lines")
         self._sending: Future[None] | None = None
         self._send_at = time.monotonic() + SEND_EVERY_S
-        self._send(b"")  # this alone cuts off what comes behind
+        self.sync()  # an empty segment alone cuts off what comes behind
+
+    @property
+    def size(self) -> int:
+        with self._of_lines:
+            return self._offset + len(self._lines)
 
     def write(self, line: bytes) -> None:
-        self._lines += line
+        with self._of_lines:
+            self._lines += line
         if time.monotonic() >= self._send_at and (self._sending is None or self._sending.done()):
-            self._settle()
-            self._sending = self._sender.submit(self._send, bytes(self._lines))
+            if self._sending is not None:
+                self._sending.result()
+            self._sending = self._sender.submit(self.sync)
             self._send_at = time.monotonic() + SEND_EVERY_S
 
-    def mark(self) -> int:
-        self._settle()
-        if self._sent < len(self._lines):
-            self._send(bytes(self._lines))
-            self._settle()
-        return self._offset + len(self._lines)
+    def sync(self) -> None:
+        with self._of_sending:
+            with self._of_lines:
+                lines = bytes(self._lines)
+            if len(lines) == self._sent:
+                return
+            storage.write_bytes(self._place / f"g{self._start:06d}-{self._offset:015d}.jsonl", lines)
+            self._sent = len(lines)
+            if self._sent >= _SEGMENT_BYTES:  # a new one follows
+                with self._of_lines:
+                    del self._lines[: self._sent]
+                    self._offset, self._sent = self._offset + self._sent, 0
 
     def close(self) -> None:
-        self.mark()
         self._sender.shutdown()
-
-    def _settle(self) -> None:
-        """Wait for what is being sent; a full segment is followed by a new one."""
-        if self._sending is not None:
-            self._sending.result()
-            self._sending = None
-        if self._sent >= _SEGMENT_BYTES:
-            del self._lines[: self._sent]
-            self._offset, self._sent = self._offset + self._sent, 0
-
-    def _send(self, lines: bytes) -> None:
-        storage.write_bytes(self._place / f"g{self._start:06d}-{self._offset:015d}.jsonl", lines)
-        self._sent = len(lines)
+        self.sync()
 
 
 def _segments(place: Address, there: list[Place]) -> Iterator[tuple[str, bytes]]:

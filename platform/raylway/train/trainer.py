@@ -253,7 +253,7 @@ class _Follower:
                 steps.append(found)
             elif found["kind"] == "note":
                 self._reporter.note(found["text"])
-            else:
+            elif found["kind"] == "validation":
                 self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
         if steps:
             self._show(steps[-1])
@@ -280,7 +280,7 @@ def _beginning(run: Run) -> str:
     """Said before the workers start, which takes about ten seconds."""
     from raylway.train import checkpoint
 
-    found = checkpoint.newest(run.checkpoints, {})
+    found = checkpoint.newest(run, {}, verify=False)
     return f"going on from step {found.manifest.step:,} ({found.folder.name})" if found else "starting the workers"
 
 
