@@ -19,6 +19,7 @@ import msgspec
 
 import raylway
 from raylway.errors import RunFailed, UserError
+from raylway.runs import journal
 from raylway.runs.run import Run
 
 MOST_STARTS = 3
@@ -162,8 +163,7 @@ def _is_users(filename: str, user_folders: list[str]) -> bool:
 
 def _events(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
     """Records of one kind, oldest first; a line that a power cut left in half is none."""
-    lines = run.events.read_bytes().splitlines() if run.events.exists() else []
-    for line in lines:
+    for line in journal.read(run.events).splitlines():
         try:
             found = msgspec.json.decode(line)
         except msgspec.DecodeError:
