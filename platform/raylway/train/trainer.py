@@ -10,6 +10,7 @@ import math
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,7 +168,8 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
-        stop.take_back()
+        with suppress(RunFailed):  # a bucket that is out of reach; a start takes it back too
+            stop.take_back()
     return fitting.report()
 
 
