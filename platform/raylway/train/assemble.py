@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
-from raylway.train import checkpoint, failures, optim, strategy
+from raylway.train import checkpoint, failures, optim, resizing, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import Checkpoints, State
 from raylway.train.feed import balanced
@@ -48,7 +49,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     """
     found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
     state = found.state if found else None
-    plan = _with_microbatch(task.plan, state)
+    plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(Path(task.prepared))
@@ -87,7 +88,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
         log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
-        wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, [run.folder / STOP_FILE, run.folder / resizing.FILE]) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, _with_whole(run, state.progress) if state else Progress()
@@ -145,16 +146,16 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop_file: Being there is the word to stop.
+        stop_files: One of them being there is the word to stop.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path) -> None:
-        self._plan, self._stop_file = plan, stop_file
+    def __init__(self, plan: Plan, stop_files: Sequence[Path]) -> None:
+        self._plan, self._stop_files = plan, stop_files
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
-        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop_file.exists())
+        return Wish(save=self._save_is_due(progress.step + 1), stop=any(map(Path.exists, self._stop_files)))
 
     def _save_is_due(self, step: int) -> bool:
         if self._plan.checkpoint_every_steps is not None:

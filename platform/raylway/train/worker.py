@@ -14,7 +14,7 @@ import msgspec
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs.run import Run
-from raylway.train import failures
+from raylway.train import failures, resizing
 from raylway.train.failures import Failure
 from raylway.train.plan import Plan
 
@@ -141,7 +141,13 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
+    if groups.rank == 0 and task.plan.fewest_workers is not None:
+        text = resizing.beginning(run, task.plan, groups.workers)
+        training.log.write("note", step=progress.step, text=text)
     progress = loop.train(training, progress)
+    is_over = progress.step == task.plan.total_steps or progress.stopped_early
+    if groups.rank == 0 and not is_over and resizing.is_asked(run.folder):
+        resizing.make_room(run.folder, run.folder / assemble.STOP_FILE)
     last = training.checkpoints.written or start.checkpoint
     return Report(
         step=progress.step,

@@ -1,0 +1,88 @@
+"""Ray Train's side of a group of workers that grows and shrinks with the cluster (`train.workers: {min: 1, max: 4}`).
+
+Ray Train counts the workers that there is room for. It starts as many, after a failure too: that is how a group shrinks
+when a machine is lost. While a group is healthy it looks again now and then, and would end it at once to start another;
+ours asks the group first (`resizing`), so that this loses no step.
+
+Ray's classes are internal; `tests/test_long.py` holds what is used of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from raylway.train import resizing
+from raylway.train.plan import Plan
+
+LOOK_EVERY_S = 30.0
+"""How long a group trains before it is looked whether it could be larger; a new start costs about half of that."""
+
+
+def scaling(planned: Plan) -> ScalingConfig:
+    """What Ray Train is asked for."""
+    resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
+    return ScalingConfig(
+        num_workers=(planned.fewest_workers, planned.workers) if planned.fewest_workers else planned.workers,
+        use_gpu=planned.gpus_per_worker > 0,
+        resources_per_worker={name: amount for name, amount in resources.items() if amount},
+        elastic_resize_monitor_interval_s=LOOK_EVERY_S,
+    )
+
+
+class Trainer(TorchTrainer):
+    """Ray's, with our scaling policy where the number of workers may change.
+
+    Args:
+        run_folder: Where the policy and the group leave word for each other.
+        given: For `TorchTrainer`.
+    """
+
+    def __init__(self, run_folder: Path, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._run_folder = run_folder
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        config: Any = self.scaling_config  # typed as its class of the version before
+        if config.elasticity_enabled:
+            given["scaling_policy"] = AskingPolicy(config, self._run_folder)
+        return super()._initialize_and_run_controller(**given)
+
+
+class AskingPolicy(ElasticScalingPolicy):
+    """Lets a healthy group write a checkpoint before it is ended. Lives in Ray Train's controller.
+
+    It never waits: until the group has answered it decides that nothing changes, so failures and the end of training
+    are seen as always.
+    """
+
+    def __init__(self, config: ScalingConfig, run_folder: Path) -> None:
+        super().__init__(config)
+        self._folder, self._has_asked = run_folder, False
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if self._has_asked and not resizing.is_asked(self._folder):
+            # The group has ended its work: start another, of the size that there is room for by now.
+            return super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision) and not self._has_asked:
+            resizing.ask(self._folder)
+            self._has_asked = True
+        return NoopDecision()
+
+    def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
+        """Called by Ray before each start of a group, whatever its reason."""
+        self._has_asked = False
+        resizing.withdraw(self._folder)
