@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import ranks
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from user_models import FOLDER
 
 from raylway.errors import UserError
 from raylway.job.schema import Job
-from raylway.train import failures, resizing
+from raylway.train import elastic, failures, resizing
 from raylway.train.plan import plan
 from raylway.train.worker import Report
 
@@ -132,22 +139,81 @@ def test_machines_that_come_and_go_are_no_failures(tmp_path: Path) -> None:
     assert failures.begin(run, "a", 5, 3, used=0) == 7
 
 
-def elastic(**train: Any) -> Job:
+class Policy(elastic.AskingPolicy):
+    """Ours, with nodes of one CPU of which the coordinator of Ray tells."""
+
+    nodes = 1
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
+        return {str(node): {"CPU": 1.0} for node in range(self.nodes)}
+
+    def look(self, workers: int) -> int | None:
+        """What becomes of a healthy group: the size of the next one, or None if it goes on."""
+        group = SimpleNamespace(start_time=float("-inf"), num_workers=workers)
+        decision = self.make_decision_for_running_worker_group(group, None)
+        return decision.num_workers if isinstance(decision, ResizeDecision) else None
+
+
+def test_a_group_is_ended_only_after_it_has_answered(tmp_path: Path) -> None:
+    config = elastic.scaling(plan(job(), "classification", 1_000, 10, 4, 1, 0))
+    assert (config.min_workers, config.max_workers) == (2, 6)
+    config.elastic_resize_monitor_interval_s = 0.0
+    policy = Policy(config, tmp_path)
+    policy.nodes = 3
+    assert policy.look(3) is None and not resizing.is_asked(tmp_path), "there is no room for more"
+    policy.nodes = 4
+    assert [policy.look(3) for _ in range(3)] == [None] * 3
+    assert resizing.is_asked(tmp_path)
+    policy.nodes = 9
+    resizing.withdraw(tmp_path)  # as rank 0 does
+    decision = policy.look(3)
+    assert decision == 6, "by now there is room for more than had been asked for"
+
+    policy.before_controller_execute_resize_decision(None)
+    assert policy.look(6) is None and not resizing.is_asked(tmp_path)
+    policy.nodes = 5
+    assert policy.look(6) is None and resizing.is_asked(tmp_path)
+    policy.before_controller_execute_resize_decision(None)  # it failed before it could answer
+    assert not resizing.is_asked(tmp_path)
+    assert policy.look(5) is None and not resizing.is_asked(tmp_path), "nothing is left of the question"
+
+    # A folder that can't be written is no reason to end a run.
+    lost = Policy(config, tmp_path / "lost")
+    lost.nodes = 4
+    assert [lost.look(3) for _ in range(2)] == [None] * 2
+    lost.before_controller_execute_resize_decision(None)
+
+
+def test_ray_calls_what_the_policy_answers() -> None:
+    """Its names inside Ray Train, where a new version may have others."""
+    controller = inspect.getsource(TrainController)
+    for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
+        assert f"self._scaling_policy.{name}(" in re.sub(r"\s+", "", controller)
+    assert '"before_controller_execute_resize_decision", decision' in controller
+    assert "self._initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
+    assert "scaling_policy=" in inspect.getsource(TorchTrainer.fit)
+    assert issubclass(elastic.AskingPolicy, ControllerCallback)
+
+
+def job(**train: Any) -> Job:
     given = {"workers": {"min": 2, "max": 6}, **train}
     return Job.model_validate({"name": "case", "data": {"source": "a.csv", "target": "t"}, "train": given})
 
 
 def test_the_fewest_workers_decide_the_microbatch_and_the_most_what_is_refused() -> None:
-    found = plan(elastic(global_batch=100), "classification", 1_000, 10, 4, 1, 0)
+    found = plan(job(global_batch=100), "classification", 1_000, 10, 4, 1, 0)
     assert (found.needed_workers, found.workers, found.microbatch, found.accumulation) == (2, 6, 50, 1)
-    assert plan(elastic(global_batch=100, microbatch=20), "classification", 1_000, 10, 4, 1, 0).accumulation == 3
+    assert plan(job(global_batch=100, microbatch=20), "classification", 1_000, 10, 4, 1, 0).accumulation == 3
     with pytest.raises(UserError, match="each of the 6 workers"):
-        plan(elastic(global_batch=5), "classification", 1_000, 10, 4, 1, 0)
+        plan(job(global_batch=5), "classification", 1_000, 10, 4, 1, 0)
 
 
 @pytest.mark.parametrize("kind", ["shard", "tensor", "pipeline"])
 def test_a_divided_model_is_refused(kind: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan(elastic(parallel={kind: 2}), "classification", 1_000, 10, 4, 1, 0)
+        plan(job(parallel={kind: 2}), "classification", 1_000, 10, 4, 1, 0)
     assert caught.value.where == "train.workers"
     assert f"min 2, max 6 with train.parallel.{kind} 2" in str(caught.value)

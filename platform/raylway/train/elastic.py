@@ -4,11 +4,13 @@ Ray Train counts the workers that there is room for. It starts as many, after a 
 when a machine is lost. While a group is healthy it looks again now and then, and would end it at once to start another;
 ours asks the group first (`resizing`), so that this loses no step.
 
-Ray's classes are internal; `tests/test_long.py` holds what is used of them.
+Ray's classes are internal; tests hold what is used of them.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from raylway.train.plan import Plan
 
 LOOK_EVERY_S = 30.0
 """How long a group trains before it is looked whether it could be larger; a new start costs about half of that."""
+
+_WAIT_S = 1.0
+"""While there is room for too few. Ray asks again without a pause, which would keep a core busy."""
 
 
 def scaling(planned: Plan) -> ScalingConfig:
@@ -62,27 +67,35 @@ class Trainer(TorchTrainer):
 class AskingPolicy(ElasticScalingPolicy):
     """Lets a healthy group write a checkpoint before it is ended. Lives in Ray Train's controller.
 
-    It never waits: until the group has answered it decides that nothing changes, so failures and the end of training
-    are seen as always.
+    It never waits for the group: until that has answered it decides that nothing changes, so failures and the end of
+    training are seen as always. Nor does it raise what a disk may raise, which would end the run.
     """
 
     def __init__(self, config: ScalingConfig, run_folder: Path) -> None:
         super().__init__(config)
         self._folder, self._has_asked = run_folder, False
 
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_WAIT_S)
+        return decision
+
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if self._has_asked and not resizing.is_asked(self._folder):
-            # The group has ended its work: start another, of the size that there is room for by now.
-            return super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, ResizeDecision) and not self._has_asked:
-            resizing.ask(self._folder)
-            self._has_asked = True
+        with suppress(OSError):
+            if self._has_asked and not resizing.is_asked(self._folder):
+                # The group has ended its work: start another, of the size that there is room for by now.
+                return super().make_decision_for_non_running_worker_group()
+            if isinstance(decision, ResizeDecision) and not self._has_asked:
+                resizing.ask(self._folder)
+                self._has_asked = True
         return NoopDecision()
 
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
         """Called by Ray before each start of a group, whatever its reason."""
         self._has_asked = False
-        resizing.withdraw(self._folder)
+        with suppress(OSError):
+            resizing.withdraw(self._folder)
