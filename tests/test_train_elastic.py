@@ -53,6 +53,8 @@ def wait_for_room(started: ranks.Ranks, folder: Path, checkpoint: str) -> None:
     while not (folder / "checkpoints" / checkpoint / "manifest.json").exists() or resizing.is_asked(folder):
         assert started.processes[0].is_alive()
         time.sleep(0.01)
+    started.processes[0].join(1)
+    assert started.processes[0].is_alive(), "it waits"
 
 
 def end(started: ranks.Ranks) -> None:
