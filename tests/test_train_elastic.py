@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,20 +45,9 @@ def group(case: ranks.Case, workers: int) -> ranks.Ranks:
     return ranks.Ranks([case.assignment(None)], workers, case.folder)
 
 
-def wait_for_room(started: ranks.Ranks, folder: Path, checkpoint: str) -> None:
-    """Until rank 0 has answered, and waits to be ended."""
-    while not (folder / "checkpoints" / checkpoint / "manifest.json").exists() or resizing.is_asked(folder):
-        assert started.processes[0].is_alive()
-        time.sleep(0.01)
-    started.processes[0].join(1)
-    assert started.processes[0].is_alive(), "it waits"
-
-
-def end(started: ranks.Ranks) -> None:
-    """As Ray ends a group."""
-    for process in started.processes:
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
+def left(started: ranks.Ranks) -> bool:
+    """Whether all ranks have left to make room."""
+    return all("room for another number of workers" in str(mine[0]) for mine in started.results())
 
 
 def test_one_then_three_then_two_workers_make_the_steps_of_a_fixed_one(tmp_path: Path) -> None:
@@ -69,12 +55,11 @@ def test_one_then_three_then_two_workers_make_the_steps_of_a_fixed_one(tmp_path:
     fixed = case(tmp_path / "fixed", prepared)
     ranks.done(fixed, 1)
 
-    # After seven steps there is room for more: at its own word the group leaves, and no step was lost.
+    # After seven steps there is room for more: the group leaves, and no step was lost.
     folder = tmp_path / "run"
     grown = case(folder, prepared, act="mark", at=7, rank=0, once=str(folder / resizing.FILE))
-    alone = group(grown, 1)
-    wait_for_room(alone, folder, "step-00000007-a001")
-    end(alone)
+    assert left(group(grown, 1))
+    resizing.withdraw(folder)  # as Ray's controller has it done
     assert [step["step"] for step in grown.steps()] == list(range(1, 8))
 
     # Three of them go on with the eighth; at its 16th step a machine is lost, with a worker and all since step 20.
@@ -110,24 +95,31 @@ def test_one_then_three_then_two_workers_make_the_steps_of_a_fixed_one(tmp_path:
         np.testing.assert_allclose(grown.weights("step-00000032-a003")[name], weights, rtol=1e-10, atol=1e-12)
 
 
+def test_a_group_leaves_all_at_once_and_is_no_failure(tmp_path: Path) -> None:
+    file = str(tmp_path / resizing.FILE)
+    asked = case(tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=3, rank=0, once=file)
+    assert left(group(asked, 2))
+    assert b'"attempt failed"' not in asked.run.events.read_bytes()
+    assert [path.name for path in asked.run.checkpoints.iterdir()] == ["step-00000003-a001"]
+
+
 def test_a_group_that_is_asked_at_its_last_step_ends_as_always(tmp_path: Path) -> None:
     last = case(
         tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=32, once=str(tmp_path / resizing.FILE)
     )
     (report,) = group(last, 1).results()[0]
-    assert resizing.is_asked(tmp_path)
+    assert (tmp_path / resizing.FILE).exists()
     assert report["step"] == 32
 
 
-def test_a_group_that_makes_room_still_hears_the_user(tmp_path: Path) -> None:
-    stopped = case(
-        tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=3, once=str(tmp_path / resizing.FILE)
-    )
-    alone = group(stopped, 1)
-    wait_for_room(alone, tmp_path, "step-00000003-a001")
-    (tmp_path / "stop").touch()
-    (report,) = alone.results()[0]
-    assert (report["failure"], report["step"], report["last_checkpoint"]) == (None, 3, "step-00000003-a001")
+def test_who_was_told_to_stop_does_not_start_again(tmp_path: Path) -> None:
+    stopped = case(tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=3, once=str(tmp_path / "stop"))
+    resizing.ask(tmp_path)
+    (result,) = group(stopped, 1).results()[0]
+    assert "room for another number" in result, "after its first step"
+    stopped.model["args"]["at"] = 1
+    (report,) = group(stopped, 1).results()[0]
+    assert (report["failure"], report["step"], report["last_checkpoint"]) == (None, 2, "step-00000002-a002")
 
 
 def test_machines_that_come_and_go_are_no_failures(tmp_path: Path) -> None:
@@ -159,33 +151,23 @@ class Policy(elastic.AskingPolicy):
         return decision.num_workers if isinstance(decision, ResizeDecision) else None
 
 
-def test_a_group_is_ended_only_after_it_has_answered(tmp_path: Path) -> None:
+def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
     config = elastic.scaling(plan(job(), "classification", 1_000, 10, 4, 1, 0))
     assert (config.min_workers, config.max_workers) == (2, 6)
     config.elastic_resize_monitor_interval_s = 0.0
-    policy = Policy(config, tmp_path)
-    policy.nodes = 3
-    assert policy.look(3) is None and not resizing.is_asked(tmp_path), "there is no room for more"
-    policy.nodes = 4
-    assert [policy.look(3) for _ in range(3)] == [None] * 3
-    assert resizing.is_asked(tmp_path)
-    policy.nodes = 9
-    resizing.withdraw(tmp_path)  # as rank 0 does
-    decision = policy.look(3)
-    assert decision == 6, "by now there is room for more than had been asked for"
-
-    policy.before_controller_execute_resize_decision(None)
-    assert policy.look(6) is None and not resizing.is_asked(tmp_path)
-    policy.nodes = 5
-    assert policy.look(6) is None and resizing.is_asked(tmp_path)
-    policy.before_controller_execute_resize_decision(None)  # it failed before it could answer
-    assert not resizing.is_asked(tmp_path)
-    assert policy.look(5) is None and not resizing.is_asked(tmp_path), "nothing is left of the question"
+    policy, asked = Policy(config, tmp_path), tmp_path / resizing.FILE
+    # nodes, workers, whether the group is asked
+    for nodes, workers, expected in ((3, 3, False), (4, 3, True), (9, 6, False), (5, 6, True), (1, 3, False)):
+        policy.nodes = nodes
+        assert policy.look(workers) is None
+        assert asked.exists() == expected, (nodes, workers)
+        policy.before_controller_execute_resize_decision(None)  # whatever comes, a start follows
+        assert not asked.exists()
 
     # A folder that can't be written is no reason to end a run.
     lost = Policy(config, tmp_path / "lost")
     lost.nodes = 4
-    assert [lost.look(3) for _ in range(2)] == [None] * 2
+    assert lost.look(3) is None
     lost.before_controller_execute_resize_decision(None)
 
 

@@ -2,7 +2,7 @@
 
 Ray Train counts the workers that there is room for. It starts as many, after a failure too: that is how a group shrinks
 when a machine is lost. While a group is healthy it looks again now and then, and would end it at once to start another;
-ours asks the group first (`resizing`), so that this loses no step.
+ours asks the group to leave by itself (`resizing`), so that no step is lost.
 
 Ray's classes are internal; tests hold what is used of them.
 """
@@ -65,15 +65,14 @@ class Trainer(TorchTrainer):
 
 
 class AskingPolicy(ElasticScalingPolicy):
-    """Lets a healthy group write a checkpoint before it is ended. Lives in Ray Train's controller.
+    """Asks a healthy group to make room for a larger one, instead of having it ended. Lives in Ray Train's controller.
 
-    It never waits for the group: until that has answered it decides that nothing changes, so failures and the end of
-    training are seen as always. Nor does it raise what a disk may raise, which would end the run.
+    What a disk may raise is not raised here, where it would end the run.
     """
 
     def __init__(self, config: ScalingConfig, run_folder: Path) -> None:
         super().__init__(config)
-        self._folder, self._has_asked = run_folder, False
+        self._folder = run_folder
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
@@ -85,17 +84,12 @@ class AskingPolicy(ElasticScalingPolicy):
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        with suppress(OSError):
-            if self._has_asked and not resizing.is_asked(self._folder):
-                # The group has ended its work: start another, of the size that there is room for by now.
-                return super().make_decision_for_non_running_worker_group()
-            if isinstance(decision, ResizeDecision) and not self._has_asked:
+        if isinstance(decision, ResizeDecision):
+            with suppress(OSError):
                 resizing.ask(self._folder)
-                self._has_asked = True
         return NoopDecision()
 
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
         """Called by Ray before each start of a group, whatever its reason."""
-        self._has_asked = False
         with suppress(OSError):
             resizing.withdraw(self._folder)

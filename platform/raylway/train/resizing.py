@@ -1,32 +1,34 @@
 """How a group of workers gets another size (`train.workers: {min: 1, max: 4}`) without losing a step.
 
-Ray Train ends a healthy group without a word to start a larger one. So its scaling policy (`elastic`) asks first:
+Ray Train ends a healthy group without a word to start a larger one. Ours never lets it; its scaling policy (`elastic`)
+asks the group instead:
 
-    policy                                  rank 0
-    makes the file `resize`
-                                            sees it after a step, as it sees the word to stop: all ranks write a
-                                            checkpoint and leave the loop
-                                            removes the file and waits to be ended
-    sees that it is gone, and has Ray
-    end this group and start the next
+    policy     sees room for more workers, and makes the file `resize`
+    rank 0     sees it after a step, as it sees the word to stop: all ranks write a checkpoint and leave the loop
+    all ranks  raise `Resized`, so that Ray Train starts the group again, with as many workers as there is room for
 
-Nobody waits for ever: a group that fails or finishes meanwhile does so as always, and the next start removes the file.
+and removes the file before each start, whatever its reason.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raylway.runs.run import Run
 from raylway.train import failures
 from raylway.train.plan import Plan
 
+if TYPE_CHECKING:
+    from raylway.train.strategy import Groups
+
 FILE = "resize"
 """In the run's folder."""
-_LOOK_EVERY_S = 0.1
-_END_WITHIN_S = 300.0
+
+
+class Resized(Exception):
+    """The checkpoint is written, and there is room for a group of another size."""
 
 
 def ask(folder: Path) -> None:
@@ -34,28 +36,26 @@ def ask(folder: Path) -> None:
     (folder / FILE).touch()
 
 
-def is_asked(folder: Path) -> bool:
-    return (folder / FILE).exists()
-
-
 def withdraw(folder: Path) -> None:
     (folder / FILE).unlink(missing_ok=True)
 
 
-def make_room(folder: Path, stop_file: Path) -> None:
-    """Say that the checkpoint is whole, and wait to be ended. Called by rank 0, after the loop.
+def leave(groups: Groups, folder: Path, stopped: bool) -> None:
+    """After training has ended before its time. All ranks call it at once.
 
-    Returns only when the user stops the run meanwhile.
+    Args:
+        groups: All ranks.
+        folder: The run's.
+        stopped: The command was told to stop: then it ends.
 
     Raises:
-        RuntimeError: Nobody has ended it, so Ray is told to start the group again.
+        Resized: On all ranks, if the group was asked and the command was not.
     """
-    withdraw(folder)
-    deadline = time.monotonic() + _END_WITHIN_S
-    while not stop_file.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the group was asked to make room, and is still there after {_END_WITHIN_S:g} s")
-        time.sleep(_LOOK_EVERY_S)
+    from raylway.train import messages
+
+    word = b"resize" if groups.rank == 0 and not stopped and (folder / FILE).exists() else b""
+    if messages.from_rank_0(word, groups.save):
+        raise Resized("there is room for another number of workers: saved, and starting again with it")
 
 
 def history(run: Run) -> list[str]:
@@ -67,9 +67,10 @@ def history(run: Run) -> list[str]:
     ]
 
 
-def beginning(run: Run, plan: Plan, workers: int) -> str:
-    """What a start of the group is told as, on the terminal."""
+def beginning(run: Run, plan: Plan) -> str:
+    """What the newest start of the group is told as, on the terminal."""
     starts = failures.starts(run)
-    if len(starts) > 1 and starts[-2].launch == starts[-1].launch and starts[-2].workers != workers:
+    last = starts[-1]
+    if any(before.launch == last.launch and before.workers != last.workers for before in starts[-2:-1]):
         return f"resized {history(run)[-1]}"
-    return f"{workers} worker{'s' * (workers > 1)} (of {plan.group}) at step {starts[-1].from_step:,}"
+    return f"{last.workers} worker{'s' * (last.workers > 1)} (of {plan.group}) at step {last.from_step:,}"

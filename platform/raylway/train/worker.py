@@ -84,6 +84,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         Ray Train would take an exception for a reason to start again.
 
     Raises:
+        Resized: There is room for another number of workers; the checkpoint is written.
         Exception: A fault after which to start again: lost peers, a failing machine, or a bug of ours.
     """
     task = msgspec.convert(config, Assignment)
@@ -98,6 +99,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         return msgspec.to_builtins(Report(failure=start))
     try:
         return msgspec.to_builtins(_train(task, job, run, groups, start))
+    except resizing.Resized as error:  # no failure
+        _leave(error)
+        raise
     except Exception as error:
         users_folders = task.import_paths if job.model.kind != "mlp" else []
         failure = failures.blame(error, start.attempt, groups.rank, users_folders)
@@ -142,12 +146,10 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     training, progress = assemble.training(task, job, run, groups, start)
     if groups.rank == 0 and task.plan.fewest_workers is not None:
-        text = resizing.beginning(run, task.plan, groups.workers)
-        training.log.write("note", step=progress.step, text=text)
+        training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
     progress = loop.train(training, progress)
-    is_over = progress.step == task.plan.total_steps or progress.stopped_early
-    if groups.rank == 0 and not is_over and resizing.is_asked(run.folder):
-        resizing.make_room(run.folder, run.folder / assemble.STOP_FILE)
+    if progress.step < task.plan.total_steps and not progress.stopped_early:
+        resizing.leave(groups, run.folder, stopped=(run.folder / assemble.STOP_FILE).exists())
     last = training.checkpoints.written or start.checkpoint
     return Report(
         step=progress.step,
