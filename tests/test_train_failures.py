@@ -76,7 +76,7 @@ def test_starts_that_make_progress_go_on_without_end(tmp_path: Path) -> None:
     # Each start is broken off after four steps, at its fifth pass, just when a checkpoint is there.
     assert ["a machine's fault" in result for result in results[:2]] == [True, True]
     assert results[2]["step"] == 12
-    assert len(failures.starts(case.run)) == 3
+    assert failures.attempts(case.run) == 3
 
 
 def test_without_progress_the_fourth_start_is_refused(tmp_path: Path) -> None:

@@ -80,8 +80,13 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
     return attempt
 
 
+def attempts(run: Run) -> int:
+    """How many times the worker group was started, over all launches."""
+    return len(starts(run))
+
+
 def starts(run: Run) -> list[Attempt]:
-    """Of the worker group, over all launches, oldest first."""
+    """Each of them, oldest first."""
     return list(_events(run, _STARTED, Attempt))
 
 

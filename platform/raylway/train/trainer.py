@@ -101,7 +101,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             updates=report.updates,
             skipped=report.skipped,
             stopped_early=report.stopped_early,
-            attempts=len(failures.starts(run)),
+            attempts=failures.attempts(run),
             elapsed_s=time.monotonic() - started_at,
             plan=planned,
             rolled_back="; ".join(report.rolled_back) or None,
@@ -268,7 +268,7 @@ class _Follower:
                 steps.append(found)
             elif found["kind"] == "note":
                 self._reporter.note(found["text"])
-            else:
+            elif found["kind"] == "validation":
                 self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
         if steps:
             self._show(steps[-1])
@@ -295,7 +295,7 @@ def _beginning(run: Run) -> str:
     """Said before the workers start, which takes about ten seconds."""
     from raylway.train import checkpoint
 
-    found = checkpoint.newest(run.checkpoints, {})
+    found = checkpoint.newest(run, {}, verify=False)
     return f"going on from step {found.manifest.step:,} ({found.folder.name})" if found else "starting the workers"
 
 

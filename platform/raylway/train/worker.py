@@ -5,6 +5,7 @@ Torch is imported inside: the driver imports this file to name the function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
     answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
-        found = checkpoint.newest(run.checkpoints, broken)
+        found = checkpoint.newest(run, broken)
         for folder, reason in broken.items():
             run.log("checkpoint skipped", checkpoint=folder, reason=reason)
         from_step = found.manifest.step if found else 0
@@ -147,10 +148,11 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     training, progress = assemble.training(task, job, run, groups, start)
     if groups.rank == 0 and task.plan.fewest_workers is not None:
         training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
-    progress = loop.train(training, progress)
+    with contextlib.closing(training.checkpoints):
+        progress = loop.train(training, progress)
     if progress.step < task.plan.total_steps and not progress.stopped_early:
         resizing.leave(groups, run.folder, stopped=(run.folder / assemble.STOP_FILE).exists())
-    last = training.checkpoints.written or start.checkpoint
+    last = training.checkpoints.written
     return Report(
         step=progress.step,
         updates=progress.updates,
