@@ -22,6 +22,7 @@ from raylway.errors import UserError
 from raylway.job.schema import Job
 from raylway.train import elastic, failures, resizing
 from raylway.train.plan import plan
+from raylway.train.resizing import ResizeWord
 from raylway.train.worker import Report
 
 ELASTIC = {
@@ -53,13 +54,14 @@ def left(started: ranks.Ranks) -> bool:
 def test_one_then_three_then_two_workers_make_the_steps_of_a_fixed_one(tmp_path: Path) -> None:
     prepared = ranks.prepared(tmp_path / "prepared", 60, 10)
     fixed = case(tmp_path / "fixed", prepared)
+    ResizeWord(fixed.run.folder).give()  # left by another command, and nothing to a fixed number of workers
     ranks.done(fixed, 1)
 
     # After seven steps there is room for more: the group leaves, and no step was lost.
     folder = tmp_path / "run"
-    grown = case(folder, prepared, act="mark", at=7, rank=0, once=str(folder / resizing.FILE))
+    grown = case(folder, prepared, act="mark", at=7, rank=0, once=str(folder / "resize"))
     assert left(group(grown, 1))
-    resizing.withdraw(folder)  # as Ray's controller has it done
+    ResizeWord(folder).take_back()  # as Ray's controller has it done
     assert [step["step"] for step in grown.steps()] == list(range(1, 8))
 
     # Three of them go on with the eighth; at its 16th step a machine is lost, with a worker and all since step 20.
@@ -96,7 +98,7 @@ def test_one_then_three_then_two_workers_make_the_steps_of_a_fixed_one(tmp_path:
 
 
 def test_a_group_leaves_all_at_once_and_is_no_failure(tmp_path: Path) -> None:
-    file = str(tmp_path / resizing.FILE)
+    file = str(tmp_path / "resize")
     asked = case(tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=3, rank=0, once=file)
     assert left(group(asked, 2))
     assert b'"attempt failed"' not in asked.run.events.read_bytes()
@@ -104,17 +106,15 @@ def test_a_group_leaves_all_at_once_and_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_a_group_that_is_asked_at_its_last_step_ends_as_always(tmp_path: Path) -> None:
-    last = case(
-        tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=32, once=str(tmp_path / resizing.FILE)
-    )
+    last = case(tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=32, once=str(tmp_path / "resize"))
     (report,) = group(last, 1).results()[0]
-    assert (tmp_path / resizing.FILE).exists()
+    assert (tmp_path / "resize").exists()
     assert report["step"] == 32
 
 
 def test_who_was_told_to_stop_does_not_start_again(tmp_path: Path) -> None:
     stopped = case(tmp_path, ranks.prepared(tmp_path / "prepared", 60), act="mark", at=3, once=str(tmp_path / "stop"))
-    resizing.ask(tmp_path)
+    ResizeWord(tmp_path).give()
     (result,) = group(stopped, 1).results()[0]
     assert "room for another number" in result, "after its first step"
     stopped.model["args"]["at"] = 1
@@ -155,7 +155,7 @@ def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
     config = elastic.scaling(plan(job(), "classification", 1_000, 10, 4, 1, 0))
     assert (config.min_workers, config.max_workers) == (2, 6)
     config.elastic_resize_monitor_interval_s = 0.0
-    policy, asked = Policy(config, tmp_path), tmp_path / resizing.FILE
+    policy, asked = Policy(config, tmp_path), tmp_path / "resize"
     # nodes, workers, whether the group is asked
     for nodes, workers, expected in ((3, 3, False), (4, 3, True), (9, 6, False), (5, 6, True), (1, 3, False)):
         policy.nodes = nodes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
-from raylway.train import checkpoint, optim, resizing, strategy
+from raylway.runs.stop import StopWord
+from raylway.train import checkpoint, optim, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import State
 from raylway.train.feed import balanced
@@ -30,14 +31,12 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.resizing import ResizeWord
 from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
-
-STOP_FILE = "stop"
-"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
 
 
 def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
@@ -53,7 +52,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
-    prepared = Prepared(Path(task.prepared))
+    prepared = Prepared(storage.place(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
@@ -76,7 +75,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     progress = _with_whole(run, state.progress) if state else Progress()
     log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
-    stop_files = [run.folder / STOP_FILE, run.folder / resizing.FILE]
+    words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -93,7 +92,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         validation=validation,
         checkpoints=checkpoints,
         log=log,
-        wish=Wishes(plan, stop_files, checkpoints) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, words, checkpoints) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, progress
@@ -140,19 +139,19 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop_files: One of them being there is the word to stop.
+        words: Each of them is the word to stop.
         checkpoints: Of this attempt.
     """
 
-    def __init__(self, plan: Plan, stop_files: Sequence[Path], checkpoints: Checkpoints) -> None:
-        self._plan, self._stop_files, self._checkpoints = plan, stop_files, checkpoints
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints) -> None:
+        self._plan, self._words, self._checkpoints = plan, words, checkpoints
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=any(map(Path.exists, self._stop_files)),
+            stop=any(word.is_given() for word in self._words),
             settle=self._checkpoints.has_ended,
         )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -24,12 +23,15 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from raylway.train import resizing
+from raylway.errors import RunFailed, UserError
+from raylway.storage import Place
 from raylway.train.plan import Plan
+from raylway.train.resizing import ResizeWord
 
 LOOK_EVERY_S = 30.0
 """How long a group trains before it is looked whether it could be larger; a new start costs about half of that."""
 
+_REFUSALS = (OSError, UserError, RunFailed)
 _WAIT_S = 1.0
 """While there is room for too few. Ray asks again without a pause, which would keep a core busy."""
 
@@ -53,7 +55,7 @@ class Trainer(TorchTrainer):
         given: For `TorchTrainer`.
     """
 
-    def __init__(self, run_folder: Path, *given: Any, **named: Any) -> None:
+    def __init__(self, run_folder: Place, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._run_folder = run_folder
 
@@ -67,12 +69,12 @@ class Trainer(TorchTrainer):
 class AskingPolicy(ElasticScalingPolicy):
     """Asks a healthy group to make room for a larger one, instead of having it ended. Lives in Ray Train's controller.
 
-    What a disk may raise is not raised here, where it would end the run.
+    What a storage may raise is not raised here, where it would end the run.
     """
 
-    def __init__(self, config: ScalingConfig, run_folder: Path) -> None:
+    def __init__(self, config: ScalingConfig, run_folder: Place) -> None:
         super().__init__(config)
-        self._folder = run_folder
+        self._run_folder = run_folder
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
@@ -85,11 +87,11 @@ class AskingPolicy(ElasticScalingPolicy):
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision):
-            with suppress(OSError):
-                resizing.ask(self._folder)
+            with suppress(*_REFUSALS):
+                ResizeWord(self._run_folder).give()
         return NoopDecision()
 
     def before_controller_execute_resize_decision(self, resize_decision: ResizeDecision) -> None:
         """Called by Ray before each start of a group, whatever its reason."""
-        with suppress(OSError):
-            resizing.withdraw(self._folder)
+        with suppress(*_REFUSALS):
+            ResizeWord(self._run_folder).take_back()

@@ -3,58 +3,47 @@
 Ray Train ends a healthy group without a word to start a larger one. Ours never lets it; its scaling policy (`elastic`)
 asks the group instead:
 
-    policy     sees room for more workers, and makes the file `resize`
-    rank 0     sees it after a step, as it sees the word to stop: all ranks write a checkpoint and leave the loop
+    policy     sees room for more workers, and gives the word
+    rank 0     hears it at a step, as it hears the word to stop: all ranks write a checkpoint and leave the loop
     all ranks  raise `Resized`, so that Ray Train starts the group again, with as many workers as there is room for
 
-and removes the file before each start, whatever its reason.
+The policy takes the word back before each start, whatever its reason.
 """
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
 from raylway.train import failures
 from raylway.train.plan import Plan
 
 if TYPE_CHECKING:
     from raylway.train.strategy import Groups
 
-FILE = "resize"
-"""In the run's folder."""
+
+class ResizeWord(StopWord):
+    """The word to stop and to start again with another number of workers."""
+
+    name = "resize"
 
 
 class Resized(Exception):
     """The checkpoint is written, and there is room for a group of another size."""
 
 
-def ask(folder: Path) -> None:
-    """Ask the group for a checkpoint and its place. `folder` is the run's, here and below."""
-    (folder / FILE).touch()
-
-
-def withdraw(folder: Path) -> None:
-    (folder / FILE).unlink(missing_ok=True)
-
-
-def leave(groups: Groups, folder: Path, stopped: bool) -> None:
+def leave(groups: Groups, run: Run) -> None:
     """After training has ended before its time. All ranks call it at once.
 
-    Args:
-        groups: All ranks.
-        folder: The run's.
-        stopped: The command was told to stop: then it ends.
-
     Raises:
-        Resized: On all ranks, if the group was asked and the command was not.
+        Resized: On all ranks, if the group was asked to make room and the command was not told to stop.
     """
     from raylway.train import messages
 
-    word = b"resize" if groups.rank == 0 and not stopped and (folder / FILE).exists() else b""
-    if messages.from_rank_0(word, groups.save):
+    is_asked = groups.rank == 0 and ResizeWord(run.folder).is_there() and not StopWord(run.folder).is_there()
+    if messages.from_rank_0(b"resize" if is_asked else b"", groups.save):
         raise Resized("there is room for another number of workers: saved, and starting again with it")
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs.run import Run
@@ -94,7 +94,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = (
+        Groups.create(task.plan.division),
+        Run(storage.place(task.run)),
+        Job.model_validate_json(task.job),
+    )
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
@@ -146,12 +150,13 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
-    if groups.rank == 0 and task.plan.fewest_workers is not None:
+    is_elastic = task.plan.fewest_workers is not None
+    if is_elastic and groups.rank == 0:
         training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
-    with contextlib.closing(training.checkpoints):
+    with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
         progress = loop.train(training, progress)
-    if progress.step < task.plan.total_steps and not progress.stopped_early:
-        resizing.leave(groups, run.folder, stopped=(run.folder / assemble.STOP_FILE).exists())
+    if is_elastic and progress.step < task.plan.total_steps and not progress.stopped_early:
+        resizing.leave(groups, run)
     last = training.checkpoints.written
     return Report(
         step=progress.step,
