@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import resource
 import signal
 import threading
 import time
@@ -80,13 +81,15 @@ class Watched(Net):
     def __init__(self, width: int, outputs: int, dropout: float, acts: dict[str, Any]) -> None:
         super().__init__(width, outputs, dropout)
         self._acts, self._passes = acts, 0
+        for index in range(2 if acts.get("act") == "full" else 0):  # for each of two ranks one to write
+            self.register_buffer(f"ballast_{index}", torch.zeros(1 << 14, dtype=torch.float64))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             self._passes += 1
-            if "until" in self._acts and not Path(self._acts["until"]).exists():
-                time.sleep(0.05)
             self._act(_rank())
+            if Path(self._acts.get("slow", "")).is_file():
+                time.sleep(0.1)
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
                     seen = {"rows": numeric[:, 0].tolist(), "draw": torch.rand(1, dtype=torch.float64).item()}
@@ -95,6 +98,11 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if self._passes == acts.get("until") and rank == acts.get("rank", rank):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
         if "once" in acts:
@@ -102,33 +110,41 @@ class Watched(Net):
             if marker.exists():
                 return
             marker.write_text(str(os.getpid()))
-        match acts["act"]:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "raise":
-                raise KeyError("a mistake of the user's")
-            case "fault":
-                raise OSError("a machine's fault")
-            case "fill":
-                held = []
-                while True:
-                    held.append(bytearray(b"1" * 50_000_000))
-                    time.sleep(0.02)
-            case "hang":
-                threading.Event().wait()
-            case "hold":
-                ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it keeps Python's lock
+        _do(acts["act"])
+
+
+def _do(act: str) -> None:
+    match act:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise KeyError("a mistake of the user's")
+        case "fault":
+            raise OSError("a machine's fault")
+        case "fill":
+            held = []
+            while True:
+                held.append(bytearray(b"1" * 50_000_000))
+                time.sleep(0.02)
+        case "hang":
+            threading.Event().wait()
+        case "hold":
+            ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it keeps Python's lock
+        case "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`, `fill` the memory, `hang`, or `hold` on to Python's lock.
+    act: `kill`, `raise`, `fault`; `mark`, no more than the file of `once`; `full`: from here on this process can write
+        no file of more than 64 KiB; a checkpoint is larger; `fill` the memory; `hang`; or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
+    until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
-    until: A file; until it is there, passes are slow.
+    slow: As long as there is this file, each pass takes a tenth of a second.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)

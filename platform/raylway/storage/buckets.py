@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import functools
+import math
 import os
 import shutil
 import time
@@ -54,6 +55,11 @@ _VARIABLES = {
 }
 _TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".yaml": "text/plain; charset=utf-8"}
 """What a browser is told of a file that is looked at there."""
+
+
+_silent: set[str] = set()
+"""Stores that this process has given up, until they answer again: they are asked once only, so that a run that fails
+for one of them ends at once."""
 
 
 @functools.total_ordering
@@ -137,6 +143,19 @@ class Address:
         selector = pa_fs.FileSelector(self.path, allow_not_found=True, recursive=self.scheme == "gs")
         found = tried(self, lambda: system(self.scheme).get_file_info(selector))
         return [self / name for name in sorted({info.path[len(self.path) + 1 :].partition("/")[0] for info in found})]
+
+
+def ages(folder: Address) -> dict[str, float]:
+    """For everything directly below a folder how many seconds ago it, or the newest of what is in it, was written; by
+    the clocks of the store and of this machine."""
+    selector = pa_fs.FileSelector(folder.path, allow_not_found=True, recursive=True)
+    found = tried(folder, lambda: system(folder.scheme).get_file_info(selector))
+    newest: dict[str, float] = {}
+    for info in found:
+        if info.is_file:
+            name = info.path[len(folder.path) + 1 :].partition("/")[0]
+            newest[name] = min(newest.get(name, math.inf), time.time() - info.mtime_ns / 1e9)
+    return newest
 
 
 def parsed(text: str) -> Address | None:
@@ -246,16 +265,20 @@ def tried(address: Address, operation: Callable[[], Done]) -> Done:
         UserError: The store refuses.
         RunFailed: It could not be reached for `GIVE_UP_AFTER_S`.
     """
-    give_up_at, wait = time.monotonic() + GIVE_UP_AFTER_S, _FIRST_WAIT_S
+    patience = 0.0 if address.scheme in _silent else GIVE_UP_AFTER_S
+    give_up_at, wait = time.monotonic() + patience, _FIRST_WAIT_S
     while True:
         try:
-            return operation()
+            result = operation()
+            _silent.discard(address.scheme)
+            return result
         except FAILURES as error:
             if getattr(error, "errno", None) is not None:
                 raise  # no object of this name, or this machine's own disk
             if _is_final(error):
                 raise unusable(str(address), str(address), error) from None
             if time.monotonic() + wait > give_up_at:
+                _silent.add(address.scheme)
                 raise RunFailed(
                     f"{address}: the bucket can't be reached, tried for {GIVE_UP_AFTER_S:g} s: {_words(error)}"
                 ) from None

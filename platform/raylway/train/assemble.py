@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,10 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
 from raylway.train import checkpoint, memory, optim, preemption, strategy
 from raylway.train.average import Average
 from raylway.train.feed import balanced
@@ -29,16 +30,12 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.resizing import ResizeWord
 from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish, row_losses
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
-
-
-def stop_file(run: Run) -> Path:
-    """Where it is, training writes a checkpoint after the step at hand and ends."""
-    return run.folder / "stop"
 
 
 def training(
@@ -61,10 +58,11 @@ def training(
     # Rank 0 has just compared its contents (`worker`).
     found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
-    plan = memory.with_microbatch(task.plan, start.chosen.microbatch)
+    plan = msgspec.structs.replace(task.plan, workers=groups.workers)
+    plan = memory.with_microbatch(plan, start.chosen.microbatch)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
-    prepared = Prepared(Path(task.prepared))
+    prepared = Prepared(storage.place(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
@@ -83,6 +81,7 @@ def training(
     if is_auto and (text := memory.keep(run, start.attempt, task.plan.microbatch, plan)):
         log.write("note", step=progress.step, text=text)
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -99,7 +98,7 @@ def training(
         validation=_validation(job, plan, prepared, groups, device),
         checkpoints=checkpoints,
         log=log,
-        wish=Wishes(plan, stop_file(run), checkpoints, groups.rank == 0),
+        wish=Wishes(plan, words, checkpoints, groups.rank == 0),
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, progress
@@ -169,13 +168,13 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop_file: Being there is the word to stop.
+        words: Each of them is the word to stop.
         checkpoints: Of this attempt.
         is_first: Rank 0 looks for all of this; every rank hears of the end of its own node.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path, checkpoints: Checkpoints, is_first: bool) -> None:
-        self._plan, self._stop_file, self._checkpoints, self._is_first = plan, stop_file, checkpoints, is_first
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints, is_first: bool) -> None:
+        self._plan, self._words, self._checkpoints, self._is_first = plan, words, checkpoints, is_first
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
@@ -184,7 +183,7 @@ class Wishes:
             return Wish(stop=preemption.is_near())
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=self._stop_file.exists() or preemption.is_near(),
+            stop=any(word.is_given() for word in self._words) or preemption.is_near(),
             settle=self._checkpoints.has_ended,
         )
 

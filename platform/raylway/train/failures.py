@@ -16,6 +16,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,12 @@ import msgspec
 
 import raylway
 from raylway.errors import RunFailed, UserError
+from raylway.runs import journal
 from raylway.runs.run import Run
 
 MOST_STARTS = 3
-"""Starts from one step within one launch: without progress a fourth would fail as well."""
+"""Starts from one step within one launch, of as many workers: without progress a fourth would fail as well. Another
+number of workers has tries of its own: machines that come and go are no failure."""
 _LOOK_FOR_S = 1.0
 """How long a rank that lost its peers looks for their record. It is written before the connection breaks."""
 _OUT_OF_MEMORY = ("low on memory", "memory pressure", "(OOM)", "out-of-memory")
@@ -80,11 +83,12 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
             its start was lost with the power.
 
     Raises:
-        RunFailed: This launch has started often enough from this step; carries the last cause.
+        RunFailed: This launch has started often enough from this step with as many workers; carries the last cause.
     """
     excused = {found.attempt for found in recorded(run) if found.kind in _EXCUSED}
     counted = [start for start in starts(run) if start.attempt not in excused]
-    same = [start for start in counted if (start.launch, start.from_step) == (launch, from_step)]
+    wanted = (launch, from_step, workers)
+    same = [start for start in counted if (start.launch, start.from_step, start.workers) == wanted]
     if len(same) >= MOST_STARTS:
         raise RunFailed(
             f"training started {MOST_STARTS} times from step {from_step} and never reached the next checkpoint; "
@@ -111,7 +115,9 @@ def latest(run: Run) -> int:
 
 
 def record(run: Run, failure: Failure) -> None:
-    run.log(_PREEMPTED if failure.kind == "preempted" else _FAILED, **msgspec.structs.asdict(failure))
+    """As far as it goes: a full disk must not hide the cause of the failure."""
+    with suppress(OSError):
+        run.log(_PREEMPTED if failure.kind == "preempted" else _FAILED, **msgspec.structs.asdict(failure))
 
 
 def recorded(run: Run) -> list[Failure]:
@@ -198,8 +204,7 @@ def _is_users(filename: str, user_folders: list[str]) -> bool:
 
 def events_of(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
     """A run's records of one event, oldest first; a line that a power cut left in half is none."""
-    lines = run.events.read_bytes().splitlines() if run.events.exists() else []
-    for line in lines:
+    for line in journal.read(run.events).splitlines():
         try:
             found = msgspec.json.decode(line)
         except msgspec.DecodeError:

@@ -131,7 +131,7 @@ def keep(run: Run, attempt: int, planned: int, plan: Plan) -> str:
 
 
 def with_microbatch(plan: Plan, microbatch: int) -> Plan:
-    passes = num_microbatches(plan.global_batch, plan.data_ranks, microbatch)
+    passes = num_microbatches(plan.global_batch, plan.needed_workers // plan.division.sharers, microbatch)
     return msgspec.structs.replace(plan, microbatch=microbatch, accumulation=passes)
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
+
 if TYPE_CHECKING:
     from raylway.train.strategy import Groups
 
@@ -27,18 +30,15 @@ def is_near() -> bool:
     return mine is not None and mine.preemption_context.preemption_info is not None
 
 
-def leave(groups: Groups, stopped: bool) -> None:
+def leave(groups: Groups, run: Run) -> None:
     """After training has ended before its time. All ranks call it at once.
 
-    Args:
-        groups: All ranks.
-        stopped: The command was told to stop: then it ends, and goes nowhere.
-
     Raises:
-        Preempted: On all ranks, if one was told of it and the command was not.
+        Preempted: On all ranks, if one was told of it and the command was not told to stop.
     """
     from raylway.train import messages
 
-    heard = messages.gathered(b"s" if stopped else b"p" if is_near() else b"", groups.save)
-    if b"p" in heard and b"s" not in heard:
+    is_stopped = groups.rank == 0 and StopWord(run.folder).is_there()
+    heard = messages.gathered(b"stop" if is_stopped else b"leave" if is_near() else b"", groups.save)
+    if b"leave" in heard and b"stop" not in heard:
         raise Preempted("a node is about to be taken away: saved, and starting again elsewhere")

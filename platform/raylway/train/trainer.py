@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
+from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
+from raylway.runs import journal
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
-from raylway.train import failures, memory, watchdog, worker
+from raylway.runs.stop import StopWord
+from raylway.train import failures, memory, resizing, watchdog, worker
 from raylway.train.failures import Failure
 from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 60.0
-_SCRATCH = ".ray-train"
-"""Ray Train's own folder, in the run's: it wants one that every node sees. Nothing of value is ever in it."""
 
 
 class Capacity(Protocol):
@@ -62,6 +63,8 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     """When and where, if the job guards against spikes of the loss."""
     balance: str | None = None
     """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
+    resized: str | None = None
+    """Each change of the number of workers, over all commands."""
 
 
 def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, reporter: Reporter) -> TrainOutcome:
@@ -106,6 +109,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             plan=memory.with_microbatch(planned, report.microbatch),
             rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
+            resized="; ".join(resizing.history(run)) or None,
         )
         stage.finish(_summary(outcome, loaded))
     return outcome
@@ -122,7 +126,7 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
         len(manifest.transform.category_counts),
         capacity.gpus,
     )
-    capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)
+    capacity.refuse_impossible(planned.needed_workers, planned.cpus_per_worker, planned.gpus_per_worker)
     return planned
 
 
@@ -156,10 +160,8 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
 
 def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
     """Run the workers in a thread, so that this one can show progress and hear Ctrl-C and SIGTERM."""
-    from raylway.train.assemble import stop_file as place_of_stop_file
-
-    stop_file = place_of_stop_file(run)
-    stop_file.unlink(missing_ok=True)
+    stop = StopWord(run.folder)
+    stop.take_back()
     fitting = _Fit(assigned, planned, run)
     follower = _Follower(run, planned, stage, reporter)
     try:
@@ -169,12 +171,13 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
     except (KeyboardInterrupt, SystemExit) as signal:
         word = "Ctrl-C" if isinstance(signal, KeyboardInterrupt) else "SIGTERM"
         reporter.note(f"stopping: a checkpoint is written first; {word} again stops at once")
-        stop_file.touch()
+        stop.give()
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
         fitting.is_left.set()
-        stop_file.unlink(missing_ok=True)
+        with suppress(RunFailed):  # a bucket that is out of reach; a start takes it back too
+            stop.take_back()
     return fitting.report()
 
 
@@ -185,7 +188,6 @@ class _Fit(threading.Thread):
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
         self._run = run
-        self._scratch = run.folder / _SCRATCH
         self._value: Any = None
         self._error: Exception | None = None
         self.is_left = threading.Event()
@@ -211,7 +213,9 @@ class _Fit(threading.Thread):
         """What the workers return; None if Ray Train's own processes were lost, and all is to be started again."""
         before = failures.latest(self._run)
         try:
-            return self._fit()
+            # Ray Train's own folder; nothing of value is ever in it.
+            with storage.scratch(self._run.folder, "ray-train") as scratch:
+                return self._fit(scratch)
         except Exception as error:
             attempt = failures.latest(self._run)
             # Each start is counted, and refused if there are too many without progress; without one nothing is.
@@ -220,19 +224,18 @@ class _Fit(threading.Thread):
             failures.record(self._run, Failure(attempt, -1, "lost", [failures.of_a_process(error)]))
             return None
 
-    def _fit(self) -> Any:
+    def _fit(self, scratch: Path) -> Any:
         # By their own places: to mypy `ray.train` shows the classes of the version before.
         from ray.train.torch import TorchConfig
-        from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.torch.torch_trainer import TorchTrainer
+        from ray.train.v2.api.config import FailureConfig, RunConfig
 
+        from raylway.train import elastic
         from raylway.train.strategy import TIMEOUT_OVER_LIMIT
         from raylway.train.witness import Witness
 
         planned = self._planned
-        resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        trainer = TorchTrainer(
+        trainer = elastic.Trainer(
+            self._run.folder,
             worker.work,
             train_loop_config=self._assigned,
             torch_config=TorchConfig(
@@ -240,14 +243,10 @@ class _Fit(threading.Thread):
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=math.ceil(TIMEOUT_OVER_LIMIT * self._assigned["hang_limit_s"]),
             ),
-            scaling_config=ScalingConfig(
-                num_workers=planned.workers,
-                use_gpu=planned.gpus_per_worker > 0,
-                resources_per_worker={name: amount for name, amount in resources.items() if amount},
-            ),
+            scaling_config=elastic.scaling(planned),
             run_config=RunConfig(
                 name=secrets.token_hex(6),
-                storage_path=str(self._scratch),
+                storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Witness(str(self._run.folder))],
@@ -255,39 +254,25 @@ class _Fit(threading.Thread):
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),
         )
-        try:
-            return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
-        finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
 
 
 class _Follower:
     """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
 
     def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._path: Path = run.metrics
+        self._tail = journal.Tail(run.metrics)
         self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._validation: dict[str, float] = {}
 
     def look(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._read:
-                self._read = 0
-            file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
         steps = []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
+        for line in self._tail.new():
             try:
                 found = msgspec.json.decode(line)
             except msgspec.DecodeError:
-                self._read = 0  # a resumed run has cut it back and is past this point again
+                self._tail.restart()  # a resumed run has cut it back and is past this point again
                 break
-            self._read += len(line)
             if found["kind"] == "step":
                 steps.append(found)
             elif found["kind"] == "note":
@@ -310,7 +295,7 @@ def _sentence(planned: Plan) -> str:
     size = max(planned.gpus_per_worker, planned.cpus_per_worker if each == "CPU" else 0)
     return (
         f"training: {planned.total_steps:,} steps ({planned.epochs:.4g} epochs) of {planned.global_batch:,} rows, "
-        f"{planned.workers} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
+        f"{planned.group} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
         f"{planned.accumulation}, {planned.precision}"
     )
 

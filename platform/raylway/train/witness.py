@@ -5,12 +5,11 @@ A worker that was killed, or whose node is gone, records nothing; its peers know
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.context import TrainRunContext
 
+from raylway import storage
 from raylway.runs.run import Run
 from raylway.train import failures
 from raylway.train.failures import Failure
@@ -29,7 +28,7 @@ class Witness(UserCallback):
 
     def after_exception(self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]) -> None:
         """Record the ranks of this attempt whose process is gone, each once."""
-        run = Run(Path(self._folder))
+        run = Run(storage.place(self._folder))
         attempt = failures.latest(run)
         for rank, error in worker_exceptions.items():
             is_gone = isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)

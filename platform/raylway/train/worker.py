@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs.run import Run
-from raylway.train import failures, memory, preemption
+from raylway.train import failures, memory, preemption, resizing
 from raylway.train.failures import Failure
 from raylway.train.memory import Chosen, PassTooLarge
 from raylway.train.plan import Plan
@@ -93,6 +93,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         Ray Train would take an exception for a reason to start again.
 
     Raises:
+        Resized: There is room for another number of workers; the checkpoint is written.
         Exception: A fault after which to start again: lost peers, a failing machine, or a bug of ours.
     """
     task = msgspec.convert(config, Assignment)
@@ -102,12 +103,15 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     from raylway.train.strategy import Groups
 
     groups = Groups.create(task.plan.division, task.hang_limit_s)
-    run, job = Run(Path(task.run)), Job.model_validate_json(task.job)
+    run, job = Run(storage.place(task.run)), Job.model_validate_json(task.job)
     start = _start(task, job, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
     try:
         return msgspec.to_builtins(_train(task, job, run, groups, start))
+    except resizing.Resized as error:  # no failure
+        _leave(error)
+        raise
     except Exception as error:
         failure = _failure(error, task, job, run, start, groups.rank)
         _leave(error)
@@ -163,10 +167,15 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     with Watchdog(task.hang_limit_s, tell) as watchdog:
         training, progress = assemble.training(task, job, run, groups, start, watchdog.alive)
-        with contextlib.closing(training.checkpoints):
+        is_elastic = task.plan.fewest_workers is not None
+        if is_elastic and groups.rank == 0:
+            training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
+        with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
             progress = loop.train(training, progress)
-    if progress.step < training.plan.total_steps and not progress.stopped_early:
-        preemption.leave(groups, stopped=assemble.stop_file(run).exists())
+    if progress.step < task.plan.total_steps and not progress.stopped_early:
+        preemption.leave(groups, run)
+        if is_elastic:
+            resizing.leave(groups, run)
     last = training.checkpoints.written
     return Report(
         microbatch=training.plan.microbatch,
