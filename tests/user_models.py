@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if acts.get("act") == "sleep" and rank == acts["rank"]:
+            time.sleep(acts["seconds"])
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
         if "once" in acts:
@@ -95,7 +98,7 @@ def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise` or `fault`.
+    act: `kill`, `raise`, `fault`, or `sleep` for `seconds` in each pass.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     once: A file that is made by the act, and prevents another.

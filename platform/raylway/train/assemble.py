@@ -16,10 +16,12 @@ from raylway.errors import RunFailed
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
+from raylway.runs import pace
 from raylway.runs.run import Run
-from raylway.train import checkpoint, failures, optim, strategy
+from raylway.train import checkpoint, failures, optim, sinks, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import Checkpoints, State
+from raylway.train.clock import Clock
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
@@ -86,11 +88,21 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         feed=_training_feed(job, plan, prepared, share, device),
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
-        log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
+        log=_log(run, start, state) if groups.rank == 0 else NoLog(),
+        clock=Clock(device),
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, _with_whole(run, state.progress) if state else Progress()
+
+
+def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
+    """Where rank 0 writes what happens, behind the steps that the run goes on from."""
+    step = state.progress.step if state else 0
+    log = MetricsLog(run.metrics, state.metrics_bytes if state else 0, run.events, sinks.all_of(run, step))
+    if log.lost is not None:
+        run.log(pace.CONTINUES, attempt=start.attempt, from_step=step, **msgspec.structs.asdict(log.lost))
+    return log
 
 
 def _with_microbatch(plan: Plan, state: State | None) -> Plan:

@@ -1,20 +1,35 @@
-"""`metrics.jsonl`: one line for each step and each validation, written by rank 0, each step there once.
+"""`metrics.jsonl`: one line for each step, validation and checkpoint, written by rank 0, each step there once.
 
 A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length. A copy, because workers
 of an attempt whose driver was killed may live on for a moment: what they still write goes into the old file.
+
+What is written here goes on to where people watch (`sinks`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from raylway import storage
+from raylway.runs import pace
+from raylway.runs.pace import Line, Tally
 
 _ENCODER = msgspec.json.Encoder()
+PACE_STEPS = 1_000
+"""At most so many steps are between two lines of the kind `pace`; each epoch ends with one."""
+
+
+class Sink(Protocol):
+    """Another place for the lines."""
+
+    def write(self, line: Line) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class MetricsLog:
@@ -23,26 +38,64 @@ class MetricsLog:
     Args:
         path: `metrics.jsonl`.
         size: Bytes to keep, from the checkpoint that the run goes on from; 0 for a new run.
+        events: `events.jsonl`, for the share of the wall time that went into steps.
+        sinks: Get each line that is written from now on.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        storage.write_bytes(path, path.read_bytes()[:size] if size and path.exists() else b"")
+    def __init__(self, path: Path, size: int, events: Path, sinks: Sequence[Sink] = ()) -> None:
+        found = path.read_bytes() if path.exists() else b""
+        # The line of the checkpoint itself was written after its mark.
+        following, newline, _ = found[size:].partition(b"\n")
+        size += len(following + newline) if size and newline and b'"kind":"checkpoint"' in following else 0
+        self._events, self._sinks = events, sinks
+        self._tally, self._recent = Tally(), list[Line]()
+        for line in pace.decoded(found[:size]):
+            self._add(line)
+        self.lost = pace.lost(pace.decoded(found[size:]), self._tally.heard_until) if found else None
+        """What the attempts before have written behind this point; None if there was none."""
+        storage.write_bytes(path, found[:size])
         # Unbuffered: a line is one write, so readers see whole lines and a killed process loses none.
         self._file = path.open("ab", buffering=0)
 
     def write(self, kind: str, **figures: Any) -> None:
-        self._file.write(_ENCODER.encode({"kind": kind, **figures}) + b"\n")
+        line = {"kind": kind, "time": pace.now(), **figures}
+        self._file.write(_ENCODER.encode(line) + b"\n")
+        self._add(line)
+        for sink in self._sinks:
+            sink.write(line)
+
+    def pace(self, step: int, is_last_of_epoch: bool) -> None:
+        """Write a line of the kind `pace` where one is due after a step."""
+        if not is_last_of_epoch and step % PACE_STEPS:
+            return
+        if found := pace.pace(self._recent):
+            spent = self._tally.spent(pace.lines(self._events), pace.now())
+            overall = self._tally.rows / self._tally.step_s
+            self.write(
+                "pace", step=step, **msgspec.to_builtins(found), overall_rows_per_s=overall, goodput=spent.goodput
+            )
 
     def mark(self) -> int:
         """The size of the file, which is now on the disk."""
+        for sink in self._sinks:
+            sink.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
+
+    def _add(self, line: Line) -> None:
+        self._tally.add(line)
+        self._recent.append(line)
+        if line["kind"] == "pace":
+            self._recent = []
 
 
 class NoLog:
     """What the other ranks write to."""
 
     def write(self, kind: str, **figures: Any) -> None:
+        pass
+
+    def pace(self, step: int, is_last_of_epoch: bool) -> None:
         pass
 
     def mark(self) -> int:

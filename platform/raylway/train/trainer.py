@@ -6,12 +6,10 @@ Ray Train restarts the group after a fault of a machine; all else about checkpoi
 
 from __future__ import annotations
 
-import math
 import secrets
 import shutil
 import threading
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -23,6 +21,7 @@ from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, worker
 from raylway.train.feed import balanced
+from raylway.train.follow import Follower
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
@@ -158,7 +157,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
     stop_file = run.folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
     fitting = _Fit(assigned, planned, run)
-    follower = _Follower(run, planned, stage, reporter)
+    follower = Follower(run, planned, stage, reporter)
     try:
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
@@ -235,50 +234,6 @@ class _Fit(threading.Thread):
             return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-class _Follower:
-    """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
-
-    def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._path: Path = run.metrics
-        self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
-        self._validation: dict[str, float] = {}
-
-    def look(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._read:
-                self._read = 0
-            file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
-        steps = []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                found = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                self._read = 0  # a resumed run has cut it back and is past this point again
-                break
-            self._read += len(line)
-            if found["kind"] == "step":
-                steps.append(found)
-            elif found["kind"] == "note":
-                self._reporter.note(found["text"])
-            else:
-                self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
-        if steps:
-            self._show(steps[-1])
-
-    def _show(self, step: dict[str, Any]) -> None:
-        loss = step["loss"] if step["loss"] is not None else math.nan
-        figures = {"loss": loss, "lr": step["lr"], "rows/s": round(step["rows_per_s"]), **self._validation}
-        if step["skipped"]:
-            figures["skipped"] = step["skipped"]
-        self._stage.update(step["step"], self._planned.total_steps, "steps", **figures)
 
 
 def _sentence(planned: Plan) -> str:
