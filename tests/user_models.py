@@ -151,3 +151,29 @@ def raising(num_numeric: int, category_counts: list[int], num_outputs: int) -> n
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class Branching(Net):
+    """Looks at a value of a tensor in its forward pass, on one rank or on all: no graph can hold that."""
+
+    def __init__(self, width: int, outputs: int, rank: int | None) -> None:
+        super().__init__(width, outputs)
+        self._rank = rank
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self._rank in (None, _rank()) and self.out.bias.sum().item() > 1e9:
+            raise OverflowError
+        return super().forward(numeric, categorical)
+
+
+def branching(num_numeric: int, category_counts: list[int], num_outputs: int, rank: int | None) -> nn.Module:
+    return Branching(num_numeric, num_outputs, rank)
+
+
+def without_compiler(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    """`net`, in a process in which torch finds no C++ compiler, and no graphs of earlier ones."""
+    import torch._inductor.config as settings
+
+    settings.cpp.cxx = ("/nowhere/g++",)
+    settings.force_disable_caches = True
+    return net(num_numeric, category_counts, num_outputs)

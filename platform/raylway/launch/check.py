@@ -65,7 +65,7 @@ class Findings:
     def _training(self) -> Iterator[str]:
         found, job = self.plan, self.loaded.job.train
         size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
-        yield f"workers     {found.workers} with {size} each, {found.precision}"
+        yield f"workers     {found.workers} with {size} each, {found.precision}{', compiled' * found.compile}"
         yield f"parallel    {found.division}"
         sharing = f"groups of {found.division.sharers}" if found.division.sharers > 1 else "workers"
         yield (

@@ -18,8 +18,9 @@ from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
 from raylway.features import dates
 from raylway.features.prepared import SPLITS, Manifest, Prepared
-from raylway.report import figures, sparks, words
+from raylway.report import figures, sparks, speed, words
 from raylway.report.charts import Figure
+from raylway.runs import pace
 from raylway.runs.run import STAGES, Run, RunRecord
 
 _MOST_CLASSES = 20
@@ -41,6 +42,7 @@ def write(run: Run, prepared: Prepared) -> Path:
     record, manifest = run.record, prepared.manifest
     evaluation = storage.read_record(run.evaluation, Evaluation) if run.evaluation.exists() else None
     training = record.stages["train"].facts if "train" in record.stages else {}
+    history, events = figures.History(run.metrics), list(pace.lines(run.events))
     page = (
         _environment()
         .get_template("report.html")
@@ -58,7 +60,10 @@ def write(run: Run, prepared: Prepared) -> Path:
             columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
             training={**training, **training.get("plan", {})},
-            learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
+            learning=figures.learning(history, training.get("best_step")),
+            speed=speed.charts(history),
+            spent=speed.facts(history, events),
+            not_compiled=sorted({line["reason"] for line in events if line["event"] == "not compiled"}),
             answers=_answers(run, evaluation),
             worst=_worst(run, evaluation),
             clock=_clock(record),

@@ -85,7 +85,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
-        feed=_training_feed(job, plan, prepared, share, device),
+        feed=_training_feed(job, plan, prepared, share.filled(plan.rows_train) if plan.compile else share, device),
         validation=validation,
         checkpoints=_checkpoints(job, run, groups, start),
         log=_log(run, start, state) if groups.rank == 0 else NoLog(),
@@ -93,7 +93,23 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
-    return assembled, _with_whole(run, state.progress) if state else Progress()
+    progress = _with_whole(run, state.progress) if state else Progress()
+    if plan.compile:
+        _compile(assembled, run, progress.step)
+    return assembled, progress
+
+
+def _compile(assembled: Training, run: Run, step: int) -> None:
+    from raylway.train import compiled
+
+    def tell(reason: str) -> None:
+        run.log("not compiled", rank=assembled.groups.rank, reason=reason)
+        text = f"model.compile: {reason}; training goes on without it"
+        assembled.log.write("note", step=step, text=text)
+
+    began_at = time.monotonic()
+    compiled.warm_up(assembled.model, assembled.feed.filling(), tell)
+    assembled.event("compiler done", elapsed_s=time.monotonic() - began_at)
 
 
 def _log(run: Run, start: Start, state: State | None) -> MetricsLog:

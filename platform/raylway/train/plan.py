@@ -68,6 +68,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every_s: float | None
     """One of the two is set."""
     division: Division = Division()
+    compile: bool = False
+    """Microbatches then have one shape: short ones are filled up with rows that count nothing."""
 
     @property
     def data_ranks(self) -> int:
@@ -143,6 +145,7 @@ def plan(
         checkpoint_every_steps=None if every.is_time else max(1, every.in_steps(steps_per_epoch)),
         checkpoint_every_s=every.seconds if every.is_time else None,
         division=divided,
+        compile=job.model.compile,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,9 +28,10 @@ class Microbatch:
     target: torch.Tensor
     """int64 [n] class codes, or float64 [n] standardised values"""
     weight: torch.Tensor
-    """float64 [n]: 1 or that of the row's class; 0 for the one row that stands in where a rank has none"""
+    """float64 [n]: 1 or that of the row's class; 0 for a row that only fills up the shape, or stands in where a
+    rank has none"""
     stands_in: bool = False
-    """It is such a row, so that every rank makes the same passes."""
+    """It holds no other rows, so that every rank makes the same passes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,17 @@ class Share:
     workers: int
     global_batch: int
     microbatch: int
+    padded: int = 1
+    """Microbatches are filled up to so many rows."""
+
+    def filled(self, num_rows: int) -> Share:
+        """The same with microbatches of one shape: of the largest one in an epoch of `num_rows` rows."""
+        steps = {min(self.global_batch, num_rows), num_rows % self.global_batch or self.global_batch}
+        return dataclasses.replace(self, padded=max(map(self._largest, steps)))
+
+    def _largest(self, rows: int) -> int:
+        """Rows of the largest microbatch of any rank in a step of `rows` rows."""
+        return math.ceil(math.ceil(rows / self.workers) / num_microbatches(rows, self.workers, self.microbatch))
 
 
 class Feed:
@@ -87,6 +101,10 @@ class Feed:
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         return batch
 
+    def filling(self) -> Microbatch:
+        """One that counts nothing."""
+        return self._tensors(np.zeros(0, np.int64))[0]
+
     def epoch(self) -> Iterator[Microbatch]:
         """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
         mine, num_rows = self._share, self._order.num_rows
@@ -107,14 +125,15 @@ class Feed:
 
     def _tensors(self, positions: np.ndarray) -> tuple[Microbatch, np.ndarray]:
         """The rows at some positions, and their ids (none of a row that stands in)."""
-        is_stand_in = not len(positions)
-        if is_stand_in:
-            # Every rank must run the same passes, or its peers wait for it. Any row does: its loss counts 0 times.
-            positions = np.zeros(1, np.int64)
+        count = len(positions)
+        if count < self._share.padded:
+            # Also where a rank has no row: it must run the same passes, or its peers wait for it. Any row does: its
+            # loss counts 0 times. One that is there is as finite as the others.
+            more = np.full(self._share.padded - count, positions[0] if count else 0)
+            positions = np.concatenate([positions, more])
         numeric, categorical, target, row_ids = self._rows.take(positions)
         weight = np.ones(len(positions)) if self._weights is None else self._weights[target]
-        if is_stand_in:
-            weight = np.zeros(1)
+        weight[count:] = 0
         if self._target.task == "regression":
             target = (target - self._target.mean) / self._target.spread
         microbatch = Microbatch(
@@ -124,9 +143,9 @@ class Feed:
                 self._device, torch.float64 if self._target.task == "regression" else torch.int64
             ),
             torch.from_numpy(weight).to(self._device),
-            is_stand_in,
+            not count,
         )
-        return microbatch, row_ids[:0] if is_stand_in else row_ids
+        return microbatch, row_ids[:count]
 
 
 def _digest(row_ids: np.ndarray, first: int) -> int:
