@@ -45,7 +45,7 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
         UserError: Something that the user can fix.
         RunFailed: The run can't end well although the job is well formed.
     """
-    root = storage.prepare_root(loaded.job.storage)
+    root = storage.prepare_folder(loaded.job.storage)
     wanted = STAGES[: STAGES.index(last) + 1]
     fingerprint = data_prepare.fingerprint(loaded, root)
     found = Run(root / loaded.job.name / _id(loaded, fingerprint))

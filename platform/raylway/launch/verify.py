@@ -100,7 +100,7 @@ def verify_resume(
         RunFailed: A training fails, or ends before it could be killed.
     """
     pipeline.run(loaded, reporter, "prepare")
-    root = storage.prepare_root(loaded.job.storage)
+    root = storage.prepare_folder(loaded.job.storage)
     with storage.scratch_folder(root, "verify-resume") as folder:
         whole = _Training(folder / "whole", root, job, overrides)
         with reporter.stage("whole") as stage:
