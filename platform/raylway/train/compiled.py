@@ -2,8 +2,8 @@
 
 The graph is made before the first step, from rows that count nothing, so that no step waits for the compiler. All
 microbatches have one shape (`feed.loader.Share.padded`), so it is made once. Dropout draws what it draws without
-compiling. What can't be compiled runs as it is, on all ranks alike, and the run says so. Validation is not compiled:
-its passes have other shapes and no gradients.
+compiling, where no microbatch is filled up. What can't be compiled runs as it is, on all ranks alike, and the run says
+so. Validation is not compiled: its passes have other shapes and no gradients.
 """
 
 from __future__ import annotations

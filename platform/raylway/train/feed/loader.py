@@ -14,7 +14,7 @@ import torch
 from raylway.features.learnt import Target
 from raylway.features.prepared import Rows
 from raylway.train.feed.balanced import Balanced
-from raylway.train.feed.order import Order, num_microbatches, share
+from raylway.train.feed.order import Order, Window, num_microbatches, share
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Share:
 class Feed:
     """The rows of this rank, step by step; the next step is read while this one computes.
 
+    Data that is read shard by shard has a second thread, which goes one window ahead in each lane of this rank: it
+    opens the shards there and reads them once to compare their checksums.
+
     Args:
         rows: The split; shards are verified when first read.
         order: Of the same split.
@@ -93,6 +96,8 @@ class Feed:
         self._weights = weights
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[Batch]] | None = None
+        self._scout = ThreadPoolExecutor(1, thread_name_prefix="scout")
+        self._scouted: dict[int, Window] = {}
 
     def step(self, step: int) -> Batch:
         """This rank's microbatches of a global step, and a start on the step after it."""
@@ -117,11 +122,22 @@ class Feed:
         mine = self._share
         num_rows = self._order.step_rows(step, mine.global_batch)
         positions = self._order.positions(step, mine.global_batch, mine.rank, mine.workers)
+        self._go_ahead(step)
         count = num_microbatches(num_rows, mine.workers, mine.microbatch)
         bounds = [share(len(positions), part, count) for part in range(count)]
         parts = [self._tensors(positions[start:stop]) for start, stop in bounds]
         ids = np.concatenate([row_ids for _, row_ids in parts])
         return Batch(num_rows, [part for part, _ in parts], _digest(ids, share(num_rows, mine.rank, mine.workers)[0]))
+
+    def _go_ahead(self, step: int) -> None:
+        mine, order = self._share, self._order
+        if isinstance(order, Balanced):
+            return
+        for window in order.windows(step, mine.global_batch, mine.rank, mine.workers):
+            if self._scouted.get(window.lane) != window:
+                self._scouted[window.lane] = window
+                # A shard that is damaged is told by the step that needs it.
+                self._scout.submit(self._rows.open, order.spans(order.after(window)))
 
     def _tensors(self, positions: np.ndarray) -> tuple[Microbatch, np.ndarray]:
         """The rows at some positions, and their ids (none of a row that stands in)."""
