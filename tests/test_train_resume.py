@@ -143,7 +143,7 @@ def test_killed_while_a_checkpoint_is_written_it_always_goes_on(tmp_path: Path, 
     case = ranks.Case(tmp_path, ranks.prepared(tmp_path / "prepared", 23, 5), train, {"hidden": [8], "dropout": 0.1})
     workers = 1 + trial % 2
     started = ranks.Ranks([case.assignment(workers)], workers, tmp_path)
-    while checkpoint.newest(case.run.checkpoints, {}) is None:
+    while checkpoint.newest(case.run, {}) is None:
         time.sleep(0.001)
     # Where in a save it hits is left to chance; a save takes 20 to 60 ms here.
     time.sleep(draw.uniform(0, 0.2))
@@ -153,7 +153,7 @@ def test_killed_while_a_checkpoint_is_written_it_always_goes_on(tmp_path: Path, 
     started.results()
     assert all(process.exitcode == -signal.SIGKILL for process in victims)
 
-    found = checkpoint.newest(case.run.checkpoints, {})
+    found = checkpoint.newest(case.run, {})
     assert found is not None, "at no moment is there no whole checkpoint"
     made = len(case.steps())
     assert made < 40, "it was killed too late to show anything"
@@ -170,7 +170,7 @@ def test_an_attempt_that_was_taken_over_harms_nothing(tmp_path: Path) -> None:
     train = EVERY_STEP | {"for": "150 steps", "checkpoint": {"every": "1 steps", "keep": 20}}
     case = ranks.Case(tmp_path, ranks.prepared(tmp_path / "prepared", 23, 5), train, {"hidden": [8], "dropout": 0.1})
     first = ranks.Ranks([case.assignment(1)], 1, tmp_path)
-    while checkpoint.newest(case.run.checkpoints, {}) is None:
+    while checkpoint.newest(case.run, {}) is None:
         time.sleep(0.001)
     assert first.processes[0].is_alive()
     report = ranks.done(case, launch="another")

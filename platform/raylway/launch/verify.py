@@ -199,7 +199,7 @@ class _Training:
         """The step of the newest whole checkpoint; 0 for none."""
         from raylway.train import checkpoint
 
-        found = checkpoint.newest(self.trained.checkpoints, {})
+        found = checkpoint.newest(self.trained, {})
         return found.manifest.step if found else 0
 
     @contextmanager
@@ -237,7 +237,7 @@ def _compared(whole: Run, broken: Run) -> Iterator[Compared]:
     yield _difference("steps, each once", *({place: line["step"] for place, line in enumerate(each)} for each in steps))
     for what, key in _FIGURES.items():
         yield _difference(what, *({f"step {line['step']}": line[key] for line in each} for each in steps))
-    ends = [checkpoint.newest(run.checkpoints, {}) for run in (whole, broken)]
+    ends = [checkpoint.newest(run, {}) for run in (whole, broken)]
     for what, prefix in (("weights", checkpoint.MODEL), ("optimizer's tensors", checkpoint.OPTIMIZER)):
         tensors = [end.tensors(prefix) if end else {} for end in ends]
         yield _difference(what, *({name: _bits(tensor) for name, tensor in each.items()} for each in tensors))

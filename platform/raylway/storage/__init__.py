@@ -6,9 +6,10 @@ when the process is killed between any two instructions, and what matters has a 
 """
 
 from raylway.storage.buckets import Address
-from raylway.storage.folders import checksum, scratch_folder, staged_folder, sync_folder, writing
+from raylway.storage.folders import scratch_folder, staged_folder, sync_folder, writing
 from raylway.storage.places import (
     Place,
+    checksum,
     children,
     existing_root,
     local,

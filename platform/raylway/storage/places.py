@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import xxhash
 
 from raylway.errors import UserError
 from raylway.storage import buckets, cache, folders
@@ -18,6 +19,7 @@ from raylway.storage.credentials import refuse_credentials
 
 Place = Path | Address
 Record = TypeVar("Record")
+_READ_BYTES = 32 << 20
 
 
 def place(text: str) -> Place:
@@ -112,6 +114,21 @@ def read_range(where: Place, start: int, stop: int) -> bytes:
     with where.open("rb") as file:
         file.seek(start)
         return file.read(stop - start)
+
+
+def checksum(where: Place) -> str:
+    """The XXH3-128 checksum of a file's content, in hex (`folders.checksum`); of a bucket it is read for that.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(where, Path):
+        return folders.checksum(where)
+    digest, start = xxhash.xxh3_128(), 0
+    while piece := read_range(where, start, start + _READ_BYTES):
+        digest.update(piece)
+        start += len(piece)
+    return digest.hexdigest()
 
 
 def write_bytes(where: Place, content: bytes) -> None:

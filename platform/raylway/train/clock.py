@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,10 +29,12 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._marks = _gpu_marks() if device.type == "cuda" else None
         self._started_at = self._fed_at = self._worked_until = time.monotonic()
+        self._stopped_s = 0.0
 
     def start(self) -> None:
         """The step begins."""
         self._started_at = self._worked_until = time.monotonic()
+        self._stopped_s = 0.0
         if self._marks:
             for mark in self._marks:
                 mark.record()
@@ -54,9 +58,16 @@ class Clock:
             work = max(work, self._marks[0].elapsed_time(self._marks[1]) / 1000)
         return Own(self._fed_at - self._started_at, work)
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The body is not the step's: a wait for a checkpoint."""
+        stopped_at = time.monotonic()
+        yield
+        self._stopped_s += time.monotonic() - stopped_at
+
     def elapsed_s(self) -> float:
         """Since the step began."""
-        return time.monotonic() - self._started_at
+        return time.monotonic() - self._started_at - self._stopped_s
 
 
 def _gpu_marks() -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -65,8 +65,7 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
     Raises:
         RunFailed: This launch has started often enough from this step; carries the last cause.
     """
-    starts = list(_events(run, _STARTED, Attempt))
-    same = [start for start in starts if (start.launch, start.from_step) == (launch, from_step)]
+    same = [start for start in starts(run) if (start.launch, start.from_step) == (launch, from_step)]
     if len(same) >= MOST_STARTS:
         causes = [found.text[-1] for found in _events(run, _FAILED, Failure) if found.attempt == same[-1].attempt]
         cause = causes[0] if causes else "a worker's process ended without a word: killed, or out of memory"
@@ -81,12 +80,17 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
 
 def attempts(run: Run) -> int:
     """How many times the worker group was started, over all launches."""
-    return sum(1 for _ in _events(run, _STARTED, Attempt))
+    return len(starts(run))
+
+
+def starts(run: Run) -> list[Attempt]:
+    """Each of them, oldest first."""
+    return list(_events(run, _STARTED, Attempt))
 
 
 def latest(run: Run) -> int:
     """The number of the attempt that began last."""
-    return max((start.attempt for start in _events(run, _STARTED, Attempt)), default=0)
+    return max((start.attempt for start in starts(run)), default=0)
 
 
 def record(run: Run, failure: Failure) -> None:

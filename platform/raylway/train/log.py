@@ -1,7 +1,8 @@
 """`metrics.jsonl`: one line for each step, validation and checkpoint, written by rank 0, each step there once.
 
-A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length. A copy, because workers
-of an attempt whose driver was killed may live on for a moment: what they still write goes into the old file.
+A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length, and of the lines about
+the checkpoint itself, which come right behind. A copy, because workers of an attempt whose driver was killed may live
+on for a moment: what they still write goes into the old file.
 
 What is written here goes on to where people watch (`sinks`).
 """
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
 from raylway import storage
-from raylway.runs import pace
+from raylway.runs import pace, starts
 from raylway.runs.pace import Line, Tally
+from raylway.runs.run import Run
 
 _ENCODER = msgspec.json.Encoder()
 PACE_STEPS = 1_000
@@ -36,18 +37,17 @@ class MetricsLog:
     """The file, opened for appending.
 
     Args:
-        path: `metrics.jsonl`.
+        run: Its events tell the share of the wall time that went into steps, and hear of the first one.
         size: Bytes to keep, from the checkpoint that the run goes on from; 0 for a new run.
-        events: `events.jsonl`, for the share of the wall time that went into steps.
         sinks: Get each line that is written from now on.
     """
 
-    def __init__(self, path: Path, size: int, events: Path, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, run: Run, size: int, sinks: Sequence[Sink] = ()) -> None:
+        path = run.metrics
         found = path.read_bytes() if path.exists() else b""
-        # The line of the checkpoint itself was written after its mark.
-        following, newline, _ = found[size:].partition(b"\n")
-        size += len(following + newline) if size and newline and b'"kind":"checkpoint"' in following else 0
-        self._events, self._sinks = events, sinks
+        size = _kept(found, size) if size else 0
+        self._run, self._sinks = run, sinks
+        self._has_begun = False
         self._tally, self._recent = Tally(), list[Line]()
         for line in pace.decoded(found[:size]):
             self._add(line)
@@ -63,30 +63,42 @@ class MetricsLog:
         self._add(line)
         for sink in self._sinks:
             sink.write(line)
+        if kind == "step" and not self._has_begun:
+            self._has_begun = True
+            self._run.log(starts.FIRST_STEP)
 
     def pace(self, step: int, is_last_of_epoch: bool) -> None:
         """Write a line of the kind `pace` where one is due after a step."""
         if not is_last_of_epoch and step % PACE_STEPS:
             return
         if found := pace.pace(self._recent):
-            spent = self._tally.spent(pace.lines(self._events), pace.now())
+            spent = self._tally.spent(pace.lines(self._run.events), pace.now())
             overall = self._tally.rows / self._tally.step_s
             self.write(
                 "pace", step=step, **msgspec.to_builtins(found), overall_rows_per_s=overall, goodput=spent.goodput
             )
 
     def mark(self) -> int:
-        """The size of the file, which is now on the disk."""
+        """The size of the file."""
+        return self._file.tell()
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk. Called from the thread that writes checkpoints."""
         for sink in self._sinks:
             sink.flush()
         os.fsync(self._file.fileno())
-        return self._file.tell()
 
     def _add(self, line: Line) -> None:
         self._tally.add(line)
         self._recent.append(line)
         if line["kind"] == "pace":
             self._recent = []
+
+
+def _kept(content: bytes, size: int) -> int:
+    while content.startswith(b'{"kind":"checkpoint"', size) and (end := content.find(b"\n", size)) >= 0:
+        size = end + 1
+    return size
 
 
 class NoLog:
@@ -100,3 +112,6 @@ class NoLog:
 
     def mark(self) -> int:
         return 0
+
+    def sync(self) -> None:
+        pass

@@ -20,6 +20,8 @@ class Wish(NamedTuple):
 
     save: bool = False
     stop: bool = False
+    settle: bool = False
+    """The checkpoint that was being written has ended, well or not."""
 
 
 class Agreed(NamedTuple):
@@ -111,12 +113,13 @@ def agree(
         own: This rank's time.
     """
     finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-    mine = torch.tensor([wish.save, wish.stop, digest, *own], dtype=torch.float64, device=loss_sum.device)
-    facts = torch.zeros(5 + 2 * groups.workers, dtype=torch.float64, device=loss_sum.device)
-    facts[0], facts[1], facts[2:5] = loss_sum, ~finite, mine[:3]
-    facts[5 + 2 * groups.rank : 7 + 2 * groups.rank] = mine[3:]
+    mine = torch.tensor([*wish, digest, *own], dtype=torch.float64, device=loss_sum.device)
+    count = 3 + len(wish)
+    facts = torch.zeros(count + 2 * groups.workers, dtype=torch.float64, device=loss_sum.device)
+    facts[0], facts[1], facts[2:count] = loss_sum, ~finite, mine[:-2]
+    facts[count + 2 * groups.rank :][:2] = mine[-2:]
     dist.all_reduce(facts, group=groups.step)
     facts = facts.cpu()
-    loss, not_finite, save, stop, digest = facts[:5].tolist()
-    times = facts[5:].numpy().reshape(-1, 2)
-    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)), int(digest), times)
+    loss, not_finite, *wishes, digest = facts[:count].tolist()
+    table = facts[count:].numpy().reshape(-1, 2)
+    return Agreed(loss / num_rows, not not_finite, Wish(*map(bool, wishes)), int(digest), table)

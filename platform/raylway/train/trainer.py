@@ -17,6 +17,7 @@ import msgspec
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
+from raylway.runs import starts
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.train import failures, worker
@@ -178,7 +179,7 @@ class _Fit(threading.Thread):
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._scratch = run.folder / _SCRATCH
+        self._run, self._scratch = run, run.folder / _SCRATCH
         self._value: Any = None
         self._error: BaseException | None = None
         self.ended = threading.Event()
@@ -198,20 +199,21 @@ class _Fit(threading.Thread):
         return msgspec.convert(self._value, worker.Report)
 
     def _fit(self) -> Any:
-        # By their own places: to mypy `ray.train` shows the classes of the version before.
-        from ray.train.torch import TorchConfig
+        # By their own places: `ray.train.torch` imports torch, and `ray.train` shows mypy those of the version before.
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.torch.torch_trainer import TorchTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+        from raylway.train.group import Group
+        from raylway.train.milestones import Milestones
         from raylway.train.strategy import TIMEOUT_S
 
         planned = self._planned
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
         shutil.rmtree(self._scratch, ignore_errors=True)
-        trainer = TorchTrainer(
+        trainer = DataParallelTrainer(
             worker.work,
             train_loop_config=self._assigned,
-            torch_config=TorchConfig(
+            backend_config=Group(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=TIMEOUT_S,
@@ -221,17 +223,19 @@ class _Fit(threading.Thread):
                 use_gpu=planned.gpus_per_worker > 0,
                 resources_per_worker={name: amount for name, amount in resources.items() if amount},
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[arg-type]  # typed as that of the version before
                 name=secrets.token_hex(6),
                 storage_path=str(self._scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Milestones(str(self._run.folder))],  # type: ignore[list-item]  # it takes internal ones too
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),
         )
+        self._run.log(starts.FIT)
         try:
-            return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
+            return trainer.fit().return_value  # type: ignore[attr-defined]  # likewise
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -250,7 +254,7 @@ def _beginning(run: Run) -> str:
     """Said before the workers start, which takes about ten seconds."""
     from raylway.train import checkpoint
 
-    found = checkpoint.newest(run.checkpoints, {})
+    found = checkpoint.newest(run, {}, verify=False)
     return f"going on from step {found.manifest.step:,} ({found.folder.name})" if found else "starting the workers"
 
 

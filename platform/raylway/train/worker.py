@@ -5,6 +5,7 @@ Torch is imported inside: the driver imports this file to name the function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import msgspec
 
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import starts
 from raylway.runs.run import Run
 from raylway.train import failures
 from raylway.train.failures import Failure
@@ -121,7 +123,7 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
     answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
-        found = checkpoint.newest(run.checkpoints, broken)
+        found = checkpoint.newest(run, broken)
         for folder, reason in broken.items():
             run.log("checkpoint skipped", checkpoint=folder, reason=reason)
         from_step = found.manifest.step if found else 0
@@ -141,8 +143,10 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
-    progress = loop.train(training, progress)
-    last = training.checkpoints.written or start.checkpoint
+    training.event(starts.ASSEMBLED)
+    with contextlib.closing(training.checkpoints):
+        progress = loop.train(training, progress)
+    last = training.checkpoints.written
     return Report(
         step=progress.step,
         updates=progress.updates,
