@@ -111,7 +111,7 @@ def train(run: Training, progress: Progress) -> Progress:
                 progress = _settled(run, progress)
         verdict = run.guard.judge(progress, agreed, norm)
         if verdict is Verdict.UPDATE:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            optim.clip(parameters, clip, norm)
             scaler.step(optimizer)
             run.average.update(progress.updates + 1)
         scaler.update()

@@ -118,7 +118,8 @@ def agree(
     facts = torch.zeros(count + 2 * groups.workers, dtype=torch.float64, device=loss_sum.device)
     facts[0], facts[1], facts[2:count] = loss_sum, ~finite, mine[:-2]
     facts[count + 2 * groups.rank :][:2] = mine[-2:]
-    dist.all_reduce(facts, group=groups.step)
+    if groups.workers > 1:
+        dist.all_reduce(facts, group=groups.step)
     facts = facts.cpu()
     loss, not_finite, *wishes, digest = facts[:count].tolist()
     table = facts[count:].numpy().reshape(-1, 2)

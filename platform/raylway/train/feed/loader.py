@@ -16,6 +16,9 @@ from raylway.features.prepared import Rows
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.order import Order, Window, num_microbatches, share
 
+_AHEAD = 2
+"""Steps that are read before they are needed: one, and another in case one takes long."""
+
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -69,7 +72,7 @@ class Share:
 
 
 class Feed:
-    """The rows of this rank, step by step; the next step is read while this one computes.
+    """The rows of this rank, step by step; the next steps are read while this one computes.
 
     Data that is read shard by shard has a second thread, which goes one window ahead in each lane of this rank: it
     opens the shards there and reads them once to compare their checksums.
@@ -95,16 +98,16 @@ class Feed:
         self._rows, self._order, self._share, self._target, self._device = rows, order, share, target, device
         self._weights = weights
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: dict[int, Future[Batch]] = {}
         self._scout = ThreadPoolExecutor(1, thread_name_prefix="scout")
         self._scouted: dict[int, Window] = {}
 
     def step(self, step: int) -> Batch:
-        """This rank's microbatches of a global step, and a start on the step after it."""
-        ahead = self._ahead[1] if self._ahead and self._ahead[0] == step else self._reader.submit(self._read, step)
-        batch = ahead.result()
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
-        return batch
+        """This rank's microbatches of a global step, and a start on the steps after it."""
+        for number in range(step, step + 1 + _AHEAD):
+            if number not in self._ahead:
+                self._ahead[number] = self._reader.submit(self._read, number)
+        return self._ahead.pop(step).result()
 
     def filling(self) -> Microbatch:
         """One that counts nothing."""
