@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def names(run: Run) -> list[str]:
     return [each.name for each in storage.children(run.checkpoints)]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @given(
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6),
     dtypes=st.lists(st.sampled_from(TYPES), min_size=6, max_size=6),
@@ -255,6 +257,17 @@ def test_what_a_replaced_attempt_still_writes_is_never_read_and_goes(run: Run, g
     with pytest.raises(RuntimeError, match="a later attempt has taken over this run"):
         stale.settle()
     assert checkpoint.newest(run, {}).folder.name == "step-00000006-a002"
+
+
+def test_a_disk_without_room_is_not_filled_up(
+    run: Run, groups: Groups, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoints = begun(run, groups)
+    saved(checkpoints, 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10 << 30, 10 << 30, 8 << 20))
+    ended = saved(checkpoints, 2)
+    assert ended is not None and "No space left on device" in ended.error and "rank-00000.safetensors" in ended.error
+    assert names(run) == ["step-00000001-a001"]
 
 
 def test_weights_that_are_not_finite_leave_no_checkpoint(run: Run, groups: Groups) -> None:

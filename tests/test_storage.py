@@ -252,7 +252,7 @@ def test_an_address_with_credentials_is_refused_and_not_shown(text: str) -> None
 
 @pytest.mark.parametrize("text", ["https://made.example/runs", "s3://", "ftp://a/b"])
 def test_what_is_no_place_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="storage must be a folder or a bucket"):
+    with pytest.raises(UserError, match="it must be a folder or a bucket"):
         storage.place(text)
 
 

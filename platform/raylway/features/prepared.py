@@ -26,6 +26,7 @@ from raylway.errors import RunFailed
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
+from raylway.storage import Place
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -149,6 +150,7 @@ class _Columns(NamedTuple):
 
 class Rows:
     """The rows of one split, memory-mapped. A shard is opened when rows of it are first taken; the newest stay open.
+    One of a bucket is fetched then, and stays open as long as the cache of this machine keeps it.
 
     Several threads may use it at once.
 
@@ -156,15 +158,15 @@ class Rows:
         folder: The prepared folder.
         shards: Shards of one split, in order; none for a split without rows.
         schema: Of the shards.
-        verify: Compare a shard's checksum when rows of it are first taken.
+        verify: Compare a shard's checksum when rows of it are first taken; what is fetched always is.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
+    def __init__(self, folder: Place, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
         self._folder, self._shards = folder, shards
         self._empty = _columns(schema.empty_table())
         self._unverified = set(range(len(shards))) if verify else set()
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._open: dict[int, _Columns] = {}
+        self._open: dict[int, tuple[_Columns, Path]] = {}
         self._locks: dict[int, threading.Lock] = {}
 
     def __len__(self) -> int:
@@ -219,32 +221,44 @@ class Rows:
         found = self._open.get(index)
         if found is None:
             with self._locks.setdefault(index, threading.Lock()):
-                found = self._open.get(index) or self._mapped(index)
-        return found
+                found = self._open.get(index)
+                return self._mapped(index) if found is None else found[0]
+        return found[0]
 
     def _mapped(self, index: int) -> _Columns:
         shard = self._shards[index]
-        path = self._folder / shard.file
-        _check_size(path, shard)
-        if index in self._unverified:
+        path = self._local(shard)
+        if index in self._unverified and isinstance(self._folder, Path):
             _check_content(path, shard)
             self._unverified.remove(index)
+        for other in [other for other, (_, file) in list(self._open.items()) if not file.exists()]:
+            self._open.pop(other, None)  # it has left the cache, and would keep its room on the disk while it is mapped
         if len(self._open) >= MOST_OPEN:
             self._open.pop(next(iter(self._open)), None)
         found = _columns(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        self._open[index] = found
+        self._open[index] = found, path
         return found
+
+    def _local(self, shard: Shard) -> Path:
+        place = self._folder / shard.file
+        if isinstance(place, Path):
+            _check_size(place, shard)
+            return place
+        try:
+            return storage.local(place, shard.bytes, shard.checksum)
+        except FileNotFoundError:
+            raise _missing(place) from None
 
 
 class Prepared:
-    """An open prepared folder.
+    """An open prepared folder, or one of a bucket.
 
     Raises:
         UserError: The manifest is damaged or of another format version.
         FileNotFoundError: The folder is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.manifest = storage.read_record(folder / MANIFEST, Manifest)
 
@@ -284,8 +298,12 @@ def _matrix(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    if (path.stat().st_size if path.exists() else -1) != shard.bytes:
-        raise RunFailed(f"{path}: the shard is missing or damaged; remove {path.parent} and run the job again")
+    if storage.size(path) != shard.bytes:
+        raise _missing(path)
+
+
+def _missing(place: Place) -> RunFailed:
+    return RunFailed(f"{place}: the shard is missing or damaged; remove {place.parent} and run the job again")
 
 
 def _check_content(path: Path, shard: Shard) -> None:

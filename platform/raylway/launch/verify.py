@@ -99,8 +99,8 @@ def verify_resume(
         UserError: The job is wrong, or trains for too few steps.
         RunFailed: A training fails, or ends before it could be killed.
     """
-    pipeline.run(loaded, reporter, "prepare")
     root = storage.prepare_folder(loaded.job.storage)
+    pipeline.run(loaded, reporter, "prepare")
     with storage.scratch_folder(root, "verify-resume") as folder:
         whole = _Training(folder / "whole", root, job, overrides)
         with reporter.stage("whole") as stage:
@@ -188,10 +188,9 @@ class _Training:
     def last_step(self) -> int:
         """The last step in the metrics; 0 before the first."""
         for run in all_runs(self._folder):
-            if run.metrics.exists():
-                with run.metrics.open("rb") as file:
-                    file.seek(max(0, run.metrics.stat().st_size - _TAIL_BYTES))
-                    lines = _lines(file.read().partition(b"\n")[2])
+            if size := storage.size(run.metrics):
+                tail = storage.read_range(run.metrics, max(0, size - _TAIL_BYTES), size)
+                lines = _lines(tail.partition(b"\n")[2])
                 return next((line["step"] for line in reversed(lines) if line["kind"] == "step"), 0)
         return 0
 

@@ -13,6 +13,7 @@ from raylway.report import curves
 from raylway.report.charts import COLOURS, Axis, Figure, Series, chart
 from raylway.report.words import figure, sentence_list
 from raylway.runs import pace
+from raylway.storage import Place
 
 _MOST_ROWS = 1_000_000
 """Answers that the curves are drawn from; of more, every k-th is taken."""
@@ -27,10 +28,10 @@ Points = tuple[np.ndarray, np.ndarray]
 class History:
     """What training wrote to `metrics.jsonl`, by the name of the value; values that are not finite are left out."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: Place) -> None:
         found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}, "pace": {}}
         self.tally = pace.Tally()
-        for record in pace.lines(path):
+        for record in pace.lines(place):
             self.tally.add(record)
             for name, value in record.items():
                 if record["kind"] in found and isinstance(value, int | float) and np.isfinite(value):

@@ -16,11 +16,13 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+
+from raylway.runs import journal
+from raylway.storage import Place
 
 Line = dict[str, Any]
 """One line of `metrics.jsonl` or `events.jsonl`."""
@@ -72,13 +74,13 @@ class Spent(msgspec.Struct, frozen=True):
         return max(0.0, self.wall - self.kept - self.validation - self.checkpoints - self.lost)
 
 
-def lines(path: Path) -> Iterator[Line]:
-    """Records of a file, oldest first; a line that is not whole yet, or was left in half by a power cut, is none."""
-    yield from decoded(path.read_bytes() if path.exists() else b"")
+def lines(place: Place) -> Iterator[Line]:
+    """Records of a journal, oldest first; a line that is not whole yet, or was left in half by a power cut, is none."""
+    yield from decoded(journal.read(place))
 
 
 def decoded(text: bytes) -> Iterator[Line]:
-    """The same of a file's content."""
+    """The same of its content."""
     for line in text.splitlines():
         try:
             yield msgspec.json.decode(line)

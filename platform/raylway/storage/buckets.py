@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import functools
+import math
 import os
 import shutil
 import time
@@ -137,6 +138,19 @@ class Address:
         selector = pa_fs.FileSelector(self.path, allow_not_found=True, recursive=self.scheme == "gs")
         found = tried(self, lambda: system(self.scheme).get_file_info(selector))
         return [self / name for name in sorted({info.path[len(self.path) + 1 :].partition("/")[0] for info in found})]
+
+
+def ages(folder: Address) -> dict[str, float]:
+    """For everything directly below a folder how many seconds ago it, or the newest of what is in it, was written; by
+    the clocks of the store and of this machine."""
+    selector = pa_fs.FileSelector(folder.path, allow_not_found=True, recursive=True)
+    found = tried(folder, lambda: system(folder.scheme).get_file_info(selector))
+    newest: dict[str, float] = {}
+    for info in found:
+        if info.is_file:
+            name = info.path[len(folder.path) + 1 :].partition("/")[0]
+            newest[name] = min(newest.get(name, math.inf), time.time() - info.mtime_ns / 1e9)
+    return newest
 
 
 def parsed(text: str) -> Address | None:

@@ -31,12 +31,12 @@ _verified: set[str] = set()
 """Contents that this process has compared with their checksums."""
 
 
-def fetched(address: Address, size: int, checksum: str) -> Path:
+def fetched(address: Address, size: int | None, checksum: str) -> Path:
     """A file of this machine with the object's content; brought here only if it is not here already.
 
     Args:
         address: Where it is.
-        size: Its bytes.
+        size: Its bytes; None if they are not known.
         checksum: `folders.checksum` of it. What is here is compared too, once a process.
 
     Raises:
@@ -46,11 +46,11 @@ def fetched(address: Address, size: int, checksum: str) -> Path:
     path = _objects() / checksum
     with _alone(checksum):
         if not _is_whole(path, size, checksum):
-            with _room(size, checksum) as folder:
+            with _room(address.size() or 0 if size is None else size, checksum) as folder:
                 staged = folder / checksum
                 for _ in range(_TRIES):
                     buckets.download(address, staged)
-                    if folders.checksum(staged) == checksum and staged.stat().st_size == size:
+                    if folders.checksum(staged) == checksum and size in (None, staged.stat().st_size):
                         break
                 else:
                     raise RunFailed(f"{address}: the object is damaged: its content does not match its checksum")
@@ -96,8 +96,8 @@ def staging() -> Path:
     return _made("staging")
 
 
-def _is_whole(path: Path, size: int, checksum: str) -> bool:
-    if not path.is_file() or path.stat().st_size != size:
+def _is_whole(path: Path, size: int | None, checksum: str) -> bool:
+    if not path.is_file() or size not in (None, path.stat().st_size):
         return False
     if checksum not in _verified and folders.checksum(path) != checksum:
         return False

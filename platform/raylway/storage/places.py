@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,19 +22,23 @@ Record = TypeVar("Record")
 _READ_BYTES = 32 << 20
 
 
-def place(text: str) -> Place:
+def place(text: str, where: str = "storage") -> Place:
     """The place that a text names, absolute: `s3://bucket/path`, `gs://bucket/path`, else a path of this machine.
+
+    Args:
+        text: As a person wrote it.
+        where: Who wrote it where, for messages.
 
     Raises:
         UserError: It is an address of something else, or one with credentials; those are not shown.
     """
-    refuse_credentials(text, "storage")
+    refuse_credentials(text, where)
     if (address := buckets.parsed(text)) is not None:
         return address
     if "://" in text:
         raise UserError(
-            "storage must be a folder or a bucket",
-            where="storage",
+            "it must be a folder or a bucket",
+            where=where,
             expected="a path without ://, s3://bucket/path or gs://bucket/path",
             found=text,
             fix="name a folder that every node of the cluster sees, such as /shared/runs, or a bucket",
@@ -163,16 +167,20 @@ def read_record(where: Place, kind: type[Record]) -> Record:
         ) from None
 
 
-def move(source: Path, target: Place) -> None:
+def move(source: Path, target: Place, checksum: str = "") -> None:
     """Move a file of this machine to a place, where it appears whole; another of this name is replaced.
 
     Args:
         source: In the `scratch` of the place, so that moving it into a folder is a rename. It is gone afterwards.
         target: Its folder is made.
+        checksum: Of the content, if it will be read on this machine soon (`local`).
     """
     if isinstance(target, Address):
         buckets.upload(source, target)
-        source.unlink()
+        if checksum:
+            cache.keep(source, checksum)
+        else:
+            source.unlink()
         return
     with source.open("rb") as file:
         os.fsync(file)
@@ -181,8 +189,13 @@ def move(source: Path, target: Place) -> None:
     folders.sync_folder(target.parent)
 
 
-def local(where: Place, bytes_: int, checksum: str) -> Path:
+def local(where: Place, bytes_: int | None, checksum: str) -> Path:
     """A path of this machine with the file's content: the file of a folder itself, of a bucket a copy in the cache.
+
+    Args:
+        where: The file.
+        bytes_: Its size; None where only the checksum is known.
+        checksum: Of its content.
 
     Raises:
         FileNotFoundError: There is no such object.
@@ -192,17 +205,44 @@ def local(where: Place, bytes_: int, checksum: str) -> Path:
 
 
 @contextmanager
-def written(where: Place) -> Iterator[Path]:
+def written(where: Place, is_read_soon: bool = False) -> Iterator[Path]:
     """Yield a path of this machine to write a file at, and move the file to its place at the end, whole or not at all.
-    The folder must be there."""
+
+    Args:
+        where: Its folder is made.
+        is_read_soon: On this machine.
+    """
     with scratch(where.parent, where.name) as folder:
-        yield folder / where.name
-        move(folder / where.name, where)
+        file = folder / where.name
+        yield file
+        move(file, where, folders.checksum(file) if is_read_soon and isinstance(where, Address) else "")
 
 
 def scratch(folder: Place, name: str) -> AbstractContextManager[Path]:
     """A fresh folder of this machine for what will be moved to the place, removed at the end (`scratch_folder`)."""
     return folders.scratch_folder(cache.staging() if isinstance(folder, Address) else folder, name)
+
+
+@contextmanager
+def here(where: Place) -> Iterator[Path]:
+    """Yield a path of this machine with a file's content, of a bucket a copy that is there as long as the body runs.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+    """
+    if isinstance(where, Path):
+        yield where
+        return
+    with scratch(where.parent, where.name) as folder:
+        buckets.download(where, folder / where.name)
+        yield folder / where.name
+
+
+def made(final: Place) -> AbstractContextManager[Place]:
+    """A folder to write into, which is there as `final` at the end and not before, or not at all on an error
+    (`staged_folder`). In a bucket, which can't rename, it is `final` itself: it is there as far as the file is that is
+    written last."""
+    return nullcontext(final) if isinstance(final, Address) else folders.staged_folder(final)
 
 
 def remove(where: Place) -> None:

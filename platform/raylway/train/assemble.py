@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
 from raylway.runs import pace
 from raylway.runs.run import Run
-from raylway.train import checkpoint, optim, sinks, strategy
+from raylway.runs.stop import StopWord
+from raylway.train import checkpoint, optim, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import State
 from raylway.train.clock import Clock
@@ -37,9 +38,6 @@ from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
 
-STOP_FILE = "stop"
-"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
-
 
 def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
     """Model, data and settings in the state of the checkpoint that the start names. All ranks call it at once.
@@ -54,7 +52,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     plan = _with_microbatch(task.plan, state)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
-    prepared = Prepared(Path(task.prepared))
+    prepared = Prepared(storage.place(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
@@ -94,7 +92,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         checkpoints=checkpoints,
         log=log,
         clock=Clock(device),
-        wish=Wishes(plan, run.folder / STOP_FILE, checkpoints) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, StopWord(run.folder), checkpoints) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     if plan.compile:
@@ -117,6 +115,8 @@ def _compile(assembled: Training, run: Run, step: int) -> None:
 
 def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
     """Where rank 0 writes what happens, behind the steps that the run goes on from."""
+    from raylway.train import sinks  # for rank 0 only: it takes a moment
+
     step = state.progress.step if state else 0
     log = MetricsLog(run, state.metrics_bytes if state else 0, sinks.all_of(run, step))
     if log.lost is not None:
@@ -165,19 +165,19 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop_file: Being there is the word to stop.
+        stop: The word to stop.
         checkpoints: Of this attempt.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path, checkpoints: Checkpoints) -> None:
-        self._plan, self._stop_file, self._checkpoints = plan, stop_file, checkpoints
+    def __init__(self, plan: Plan, stop: StopWord, checkpoints: Checkpoints) -> None:
+        self._plan, self._stop, self._checkpoints = plan, stop, checkpoints
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=self._stop_file.exists(),
+            stop=self._stop.is_given(),
             settle=self._checkpoints.has_ended,
         )
 

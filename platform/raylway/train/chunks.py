@@ -7,8 +7,11 @@ here, and not by torch or safetensors: theirs hold Python's lock while they writ
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +23,8 @@ import torch
 from raylway import storage
 
 _PIECE_BYTES = 4 << 20
+_LEFT_BYTES = 8 << 20
+"""Of a disk, for metrics and records."""
 _READ_BYTES = 32 << 20
 """What is wanted of a file is read in ranges of about this size: of a bucket each is a request."""
 _DTYPES = {
@@ -121,6 +126,9 @@ def write(path: Path, parts: dict[str, Part]) -> File:
 
     Returns:
         What the manifest says of the file.
+
+    Raises:
+        OSError: It can't be written. A disk without room for it is not filled up first.
     """
     # The widest numbers first: then each tensor begins where its numbers may.
     order = sorted(parts, key=lambda key: (-parts[key].tensor.itemsize, key))
@@ -135,6 +143,8 @@ def write(path: Path, parts: dict[str, Part]) -> File:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
+    if shutil.disk_usage(path.parent).free < start + at + _LEFT_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:

@@ -11,6 +11,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import msgspec
 
 import raylway
 from raylway.errors import RunFailed, UserError
+from raylway.runs import journal
 from raylway.runs.run import Run
 
 MOST_STARTS = 3
@@ -94,7 +96,9 @@ def latest(run: Run) -> int:
 
 
 def record(run: Run, failure: Failure) -> None:
-    run.log(_FAILED, **msgspec.structs.asdict(failure))
+    """As far as it goes: a full disk must not hide the cause of the failure."""
+    with suppress(OSError):
+        run.log(_FAILED, **msgspec.structs.asdict(failure))
 
 
 def of_a_peer(run: Run, attempt: int) -> Failure | None:
@@ -159,8 +163,7 @@ def _is_users(filename: str, user_folders: list[str]) -> bool:
 
 def _events(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
     """Records of one kind, oldest first; a line that a power cut left in half is none."""
-    lines = run.events.read_bytes().splitlines() if run.events.exists() else []
-    for line in lines:
+    for line in journal.read(run.events).splitlines():
         try:
             found = msgspec.json.decode(line)
         except msgspec.DecodeError:

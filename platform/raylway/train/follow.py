@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from raylway.runs import pace
+from raylway.runs import journal, pace
 from raylway.runs.pace import Line
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
@@ -31,31 +31,20 @@ class Follower:
     """
 
     def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._path = run.metrics
+        self._tail = journal.Tail(run.metrics)
         self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._validation: dict[str, float] = {}
         self._goodput: dict[str, float] = {}
         self._steps = deque[Line](maxlen=_WINDOW)
 
     def look(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._read:
-                self._read = 0
-            file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
         has_steps = False
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
+        for line in self._tail.new():
             try:
                 found = msgspec.json.decode(line)
             except msgspec.DecodeError:
-                self._read = 0  # a resumed run has cut it back and is past this point again
+                self._tail.restart()  # a resumed run has cut it back and is past this point again
                 break
-            self._read += len(line)
             has_steps |= found["kind"] == "step"
             self._take(found)
         if has_steps:

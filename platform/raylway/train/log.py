@@ -1,22 +1,18 @@
 """`metrics.jsonl`: one line for each step, validation and checkpoint, written by rank 0, each step there once.
 
-A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length, and of the lines about
-the checkpoint itself, which come right behind. A copy, because workers of an attempt whose driver was killed may live
-on for a moment: what they still write goes into the old file.
-
-What is written here goes on to where people watch (`sinks`).
+A checkpoint remembers how long the file was; a resumed run goes on from there, behind the lines about the checkpoint
+itself, and what workers of an attempt whose driver was killed still write counts for nothing (`runs.journal`). What is
+written here goes on to where people watch (`sinks`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from raylway import storage
-from raylway.runs import pace, starts
+from raylway.runs import journal, pace, starts
 from raylway.runs.pace import Line, Tally
 from raylway.runs.run import Run
 
@@ -43,8 +39,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Run, size: int, sinks: Sequence[Sink] = ()) -> None:
-        path = run.metrics
-        found = path.read_bytes() if path.exists() else b""
+        found = journal.read(run.metrics)
         size = _kept(found, size) if size else 0
         self._run, self._sinks = run, sinks
         self._has_begun = False
@@ -53,13 +48,11 @@ class MetricsLog:
             self._add(line)
         self.lost = pace.lost(pace.decoded(found[size:]), self._tally.heard_until) if found else None
         """What the attempts before have written behind this point; None if there was none."""
-        storage.write_bytes(path, found[:size])
-        # Unbuffered: a line is one write, so readers see whole lines and a killed process loses none.
-        self._file = path.open("ab", buffering=0)
+        self._lines = journal.begin(run.metrics, size)
 
     def write(self, kind: str, **figures: Any) -> None:
         line = {"kind": kind, "time": pace.now(), **figures}
-        self._file.write(_ENCODER.encode(line) + b"\n")
+        self._lines.write(_ENCODER.encode(line) + b"\n")
         self._add(line)
         for sink in self._sinks:
             sink.write(line)
@@ -80,13 +73,17 @@ class MetricsLog:
 
     def mark(self) -> int:
         """The size of the file."""
-        return self._file.tell()
+        return self._lines.size
+
+    def close(self) -> None:
+        """After the last line."""
+        self._lines.close()
 
     def sync(self) -> None:
-        """Return when what was written is on the disk. Called from the thread that writes checkpoints."""
+        """Return when what was written is where it should be. Called from the thread that writes checkpoints."""
         for sink in self._sinks:
             sink.flush()
-        os.fsync(self._file.fileno())
+        self._lines.sync()
 
     def _add(self, line: Line) -> None:
         self._tally.add(line)
@@ -112,6 +109,9 @@ class NoLog:
 
     def mark(self) -> int:
         return 0
+
+    def close(self) -> None:
+        pass
 
     def sync(self) -> None:
         pass

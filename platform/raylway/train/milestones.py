@@ -5,11 +5,11 @@ The callbacks are an interface inside Ray Train; held by a test.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from raylway import storage
 from raylway.runs import starts
 from raylway.runs.run import Run
 
@@ -38,4 +38,4 @@ class Milestones(ControllerCallback, WorkerGroupCallback):
         self._log(starts.GROUP)
 
     def _log(self, event: str) -> None:
-        Run(Path(self._folder)).log(event)
+        Run(storage.place(self._folder)).log(event)

@@ -44,14 +44,15 @@ _GROUPS = {
 
 def all_of(run: Run, step: int) -> list[Sink]:
     """The sinks of a run that goes on behind a step."""
-    found: list[Sink] = [TensorBoard(run.folder / FOLDER, step)]
+    found: list[Sink] = [TensorBoard(run.folder / FOLDER, step)] if isinstance(run.folder, Path) else []
     if _is_inside_ray():
         found.append(Prometheus(run.folder.parent.name, run.folder.name))
     return found
 
 
 class TensorBoard:
-    """Event files for TensorBoard, a new one for each attempt; each step is in one of them.
+    """Event files for TensorBoard, a new one for each attempt; each step is in one of them. Folders only: in a bucket
+    nothing can be appended to a file.
 
     Args:
         folder: Of these files.

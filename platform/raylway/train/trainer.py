@@ -7,19 +7,21 @@ Ray Train restarts the group after a fault of a machine; all else about checkpoi
 from __future__ import annotations
 
 import secrets
-import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
+from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
 from raylway.runs import starts
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
 from raylway.train import failures, worker
 from raylway.train.feed import balanced
 from raylway.train.follow import Follower
@@ -27,8 +29,6 @@ from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 60.0
-_SCRATCH = ".ray-train"
-"""Ray Train's own folder, in the run's: it wants one that every node sees. Nothing of value is ever in it."""
 
 
 class Capacity(Protocol):
@@ -153,10 +153,8 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
 
 def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
     """Run the workers in a thread, so that this one can show progress and hear Ctrl-C."""
-    from raylway.train.assemble import STOP_FILE
-
-    stop_file = run.folder / STOP_FILE
-    stop_file.unlink(missing_ok=True)
+    stop = StopWord(run.folder)
+    stop.take_back()
     fitting = _Fit(assigned, planned, run)
     follower = Follower(run, planned, stage, reporter)
     try:
@@ -165,11 +163,11 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
             follower.look()
     except KeyboardInterrupt:
         reporter.note("stopping: a checkpoint is written first; Ctrl-C again stops at once")
-        stop_file.touch()
+        stop.give()
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
-        stop_file.unlink(missing_ok=True)
+        stop.take_back()
     return fitting.report()
 
 
@@ -179,7 +177,7 @@ class _Fit(threading.Thread):
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._run, self._scratch = run, run.folder / _SCRATCH
+        self._run = run
         self._value: Any = None
         self._error: BaseException | None = None
         self.ended = threading.Event()
@@ -187,7 +185,9 @@ class _Fit(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._value = self._fit()
+            # Ray Train's own folder; nothing of value is ever in it.
+            with storage.scratch(self._run.folder, "ray-train") as scratch:
+                self._value = self._fit(scratch)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         finally:
@@ -198,7 +198,7 @@ class _Fit(threading.Thread):
             raise RunFailed(f"Ray Train ended the run: {self._error}") from self._error
         return msgspec.convert(self._value, worker.Report)
 
-    def _fit(self) -> Any:
+    def _fit(self, scratch: Path) -> Any:
         # By their own places: `ray.train.torch` imports torch, and `ray.train` shows mypy those of the version before.
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -209,7 +209,6 @@ class _Fit(threading.Thread):
 
         planned = self._planned
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        shutil.rmtree(self._scratch, ignore_errors=True)
         trainer = DataParallelTrainer(
             worker.work,
             train_loop_config=self._assigned,
@@ -225,7 +224,7 @@ class _Fit(threading.Thread):
             ),
             run_config=RunConfig(  # type: ignore[arg-type]  # typed as that of the version before
                 name=secrets.token_hex(6),
-                storage_path=str(self._scratch),
+                storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Milestones(str(self._run.folder))],  # type: ignore[list-item]  # it takes internal ones too
@@ -234,10 +233,7 @@ class _Fit(threading.Thread):
             ),
         )
         self._run.log(starts.FIT)
-        try:
-            return trainer.fit().return_value  # type: ignore[attr-defined]  # likewise
-        finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # likewise
 
 
 def _sentence(planned: Plan) -> str:

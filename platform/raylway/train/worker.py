@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs import starts
@@ -94,7 +94,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = (
+        Groups.create(task.plan.division),
+        Run(storage.place(task.run)),
+        Job.model_validate_json(task.job),
+    )
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
@@ -144,7 +148,7 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     training, progress = assemble.training(task, job, run, groups, start)
     training.event(starts.ASSEMBLED)
-    with contextlib.closing(training.checkpoints):
+    with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
         progress = loop.train(training, progress)
     last = training.checkpoints.written
     return Report(
