@@ -21,6 +21,7 @@ from user_models import FOLDER
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob
 from raylway.launch.capacity import Capacity, Node
+from raylway.runs import starts as starting
 from raylway.runs.progress import Reporter
 from raylway.train import failures, trainer
 
@@ -78,6 +79,10 @@ def test_a_worker_killed_mid_epoch_changes_no_bit(
     assert outcome.resized is None
     (lost,) = [failure for failure in failures.recorded(broken.run) if failure.kind == "lost"]
     assert (lost.attempt, lost.rank) == (1, 1) and "ended without a word" in lost.text[0]
+    first, second = starting.starts(events)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert list(first.stages) == list(starting.STAGES.values())
+    assert list(second.stages) == list(starting.STAGES.values())[1:]  # the controller stays
     assert not (broken.run.folder / ".ray-train").exists()
 
     # Finished: a second start makes no step.

@@ -16,10 +16,13 @@ from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
+from raylway.runs import pace
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
 from raylway.train import checkpoint, memory, optim, preemption, strategy
 from raylway.train.average import Average
+from raylway.train.checkpoint import State
+from raylway.train.clock import Clock
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Microbatch, Share
@@ -76,11 +79,12 @@ def training(
         checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
     progress = _with_whole(run, state.progress) if state else Progress()
-    log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
+    log = _log(run, start, state) if groups.rank == 0 else NoLog()
     is_auto = groups.rank == 0 and job.train.microbatch == "auto"
     if is_auto and (text := memory.keep(run, start.attempt, task.plan.microbatch, plan)):
         log.write("note", step=progress.step, text=text)
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    share = _share(plan, groups)
     words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
@@ -94,14 +98,43 @@ def training(
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
-        feed=_training_feed(job, plan, prepared, groups, device),
-        validation=_validation(job, plan, prepared, groups, device),
+        feed=_training_feed(job, plan, prepared, share.filled(plan.rows_train) if plan.compile else share, device),
+        validation=_validation(job, plan, prepared, share, groups, device),
         checkpoints=checkpoints,
         log=log,
+        clock=Clock(device),
         wish=Wishes(plan, words, checkpoints, groups.rank == 0),
         event=run.log if groups.rank == 0 else _no_event,
     )
+    if plan.compile:
+        _compile(assembled, run, progress.step)
     return assembled, progress
+
+
+def _compile(assembled: Training, run: Run, step: int) -> None:
+    from raylway.train import compiled
+
+    def tell(reason: str) -> None:
+        run.log("not compiled", rank=assembled.groups.rank, reason=reason)
+        text = f"model.compile: {reason}; training goes on without it"
+        assembled.log.write("note", step=step, text=text)
+
+    began_at = time.monotonic()
+    filling = assembled.feed.filling()
+    with memory.passing(len(filling.target)):
+        compiled.warm_up(assembled.model, filling, tell)
+    assembled.event("compiler done", elapsed_s=time.monotonic() - began_at)
+
+
+def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
+    """Where rank 0 writes what happens, behind the steps that the run goes on from."""
+    from raylway.train import sinks  # for rank 0 only: it takes a moment
+
+    step = state.progress.step if state else 0
+    log = MetricsLog(run, state.metrics_bytes if state else 0, sinks.all_of(run, step))
+    if log.lost is not None:
+        run.log(pace.CONTINUES, attempt=start.attempt, from_step=step, **msgspec.structs.asdict(log.lost))
+    return log
 
 
 def _searched(
@@ -116,7 +149,7 @@ def _searched(
             output = module(rows.numeric, rows.categorical)
         (row_losses(task, output, rows.target) * rows.weight).sum().backward()
 
-    feed = _training_feed(job, plan, prepared, groups, device)
+    feed = _training_feed(job, plan, prepared, _share(plan, groups), device)
     return memory.with_microbatch(plan, memory.agreed(module, plan.microbatch, feed.sample, step, groups))
 
 
@@ -124,17 +157,19 @@ def _share(plan: Plan, groups: Groups) -> Share:
     return Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
 
 
-def _validation(job: Job, plan: Plan, prepared: Prepared, groups: Groups, device: torch.device) -> Validation | None:
+def _validation(
+    job: Job, plan: Plan, prepared: Prepared, share: Share, groups: Groups, device: torch.device
+) -> Validation | None:
     if plan.validate_every_steps is None:
         return None
     # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
     weights = _weights(prepared) if job.train.balance != "none" else None
     target, rows = prepared.manifest.transform.target, prepared.rows("validation", verify=True)
     order = Order([shard.rows for shard in prepared.shards("validation")], None)
-    return Validation(Feed(rows, order, _share(plan, groups), target, device, weights), target, groups, device)
+    return Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
 
 
-def _training_feed(job: Job, plan: Plan, prepared: Prepared, groups: Groups, device: torch.device) -> Feed:
+def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:
     target, rows = prepared.manifest.transform.target, prepared.rows("train", verify=True)
     order: Order | Balanced
     if job.train.balance == "resample":
@@ -142,7 +177,7 @@ def _training_feed(job: Job, plan: Plan, prepared: Prepared, groups: Groups, dev
     else:
         order = Order([shard.rows for shard in prepared.shards("train")], job.seed, plan.lanes)
     weights = _weights(prepared) if job.train.balance == "weights" else None
-    return Feed(rows, order, _share(plan, groups), target, device, weights)
+    return Feed(rows, order, share, target, device, weights)
 
 
 def _weights(prepared: Prepared) -> np.ndarray:

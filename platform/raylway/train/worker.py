@@ -14,6 +14,7 @@ import msgspec
 from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import starts
 from raylway.runs.run import Run
 from raylway.train import failures, memory, preemption, resizing
 from raylway.train.failures import Failure
@@ -167,6 +168,7 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
 
     with Watchdog(task.hang_limit_s, tell) as watchdog:
         training, progress = assemble.training(task, job, run, groups, start, watchdog.alive)
+        training.event(starts.ASSEMBLED)
         is_elastic = task.plan.fewest_workers is not None
         if is_elastic and groups.rank == 0:
             training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
