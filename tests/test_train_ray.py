@@ -75,7 +75,9 @@ def test_a_worker_killed_mid_epoch_changes_no_bit(
     assert [step["step"] for step in broken.steps()] == list(range(1, 33))
     events = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     starts = [event for event in events if event["event"] == "attempt started"]
-    assert [(start["from_step"], start["workers"]) for start in starts] == [(0, 2), (12, 2)]
+    assert [start["workers"] for start in starts] == [2, 2]
+    # The checkpoint of step 12 may not have been whole yet.
+    assert starts[0]["from_step"] == 0 and starts[1]["from_step"] in (9, 12)
     assert outcome.resized is None
     (lost,) = [failure for failure in failures.recorded(broken.run) if failure.kind == "lost"]
     assert (lost.attempt, lost.rank) == (1, 1) and "ended without a word" in lost.text[0]
