@@ -21,7 +21,7 @@ from made_prepared import make, make_run
 from stores import Bucket
 
 from raylway.data import csv_read
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
 from raylway.runs.run import Run
@@ -130,11 +130,12 @@ import torch
 
 class Own(torch.nn.Linear):
     def forward(self, numeric, categorical):
-        once = Path(self.folder) / "killed"
-        if Path(self.folder, "armed").exists() and os.getpid() != self.driver and not once.exists():
+        armed, killed = Path(self.folder) / "armed", Path(self.folder) / "killed"
+        if armed.exists() and os.getpid() != self.driver and not (armed.read_text() == "once" and killed.exists()):
             self.passes += 1
-            if self.passes > 40:
-                once.write_text(str(os.getpid()))
+            if self.passes > 40 or armed.read_text() == "always":
+                with killed.open("a") as pids:
+                    pids.write(f"{os.getpid()}\\n")
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(numeric)
 
@@ -147,28 +148,49 @@ def build(num_numeric, category_counts, num_outputs, *, folder, driver):
 """
 
 
+def mortal(folder: Path, patch: pytest.MonkeyPatch) -> Run:
+    """A run whose model dies in the actors of Ray: once where `armed` says so, or always."""
+    (folder / "job").mkdir()
+    (folder / "job" / "own_model_that_dies.py").write_text(OWN)
+    patch.syspath_prepend(str(folder / "job"))
+    table = typed(rows(40)).select(["length"])
+    table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
+    own = make_run(folder, make(folder / "prepared", dict.fromkeys(("train", "validation", "test"), table), "ripe"))
+    spec = ModelSpec("own_model_that_dies:build", {"folder": str(folder), "driver": os.getpid()})
+    made(table, "ripe", {"length": "number"}, spec, steps=5).stage(own.bundle)
+    patch.setattr(csv_read, "RANGE_BYTES", 10_000)
+    return own
+
+
 def test_actors_load_the_bundle_once_and_one_that_is_killed_is_replaced(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "own_model_that_dies.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(tmp_path / "job"))
-    table = typed(rows(40)).select(["length"])
-    table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
-    own = make_run(tmp_path, make(tmp_path / "prepared", dict.fromkeys(("train", "validation", "test"), table), "ripe"))
-    spec = ModelSpec("own_model_that_dies:build", {"folder": str(tmp_path), "driver": os.getpid()})
-    made(table, "ripe", {"length": "number"}, spec, steps=5).stage(own.bundle)
-    monkeypatch.setattr(csv_read, "RANGE_BYTES", 10_000)
+    own = mortal(tmp_path, monkeypatch)
     rows(10_000, 11).to_csv(tmp_path / "new.csv", index=False)
     predict(own, tmp_path / "new.csv", tmp_path / "here.csv")
     (tmp_path / "loads").unlink()
-    (tmp_path / "armed").touch()
+    (tmp_path / "armed").write_text("once")
     monkeypatch.setattr(predicting, "SMALL_BYTES", 0)
     predict(own, tmp_path / "new.csv", tmp_path / "there.csv")
     assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
     loads = (tmp_path / "loads").read_text().split()
-    assert (tmp_path / "killed").read_text() in loads and str(os.getpid()) in loads
+    assert (tmp_path / "killed").read_text().strip() in loads and str(os.getpid()) in loads
     assert 3 <= len(loads) == len(set(loads)) < (tmp_path / "new.csv").stat().st_size // 10_000
+
+
+@pytest.mark.long
+def test_a_part_of_which_every_actor_dies_ends_the_prediction(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = mortal(tmp_path, monkeypatch)
+    rows(100, 11).to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "armed").write_text("always")
+    monkeypatch.setattr(predicting, "SMALL_BYTES", 0)
+    with pytest.raises(RunFailed, match="new.csv: 4 workers died one after the other"):
+        predict(own, tmp_path / "new.csv", tmp_path / "never.csv")
+    killed = (tmp_path / "killed").read_text().split()
+    assert len(killed) == len(set(killed)) == 4 and str(os.getpid()) not in killed
+    assert not (tmp_path / "never.csv").exists()
 
 
 MEMORY = """

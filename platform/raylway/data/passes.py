@@ -31,6 +31,7 @@ _FACTS = "facts"
 class ReadItem(msgspec.Struct, frozen=True):
     """What the first pass found in one item."""
 
+    name: str
     key: str
     size: int
     """Bytes of the source."""
@@ -53,6 +54,8 @@ class ReadItem(msgspec.Struct, frozen=True):
 class PieceTask(msgspec.Struct, frozen=True):
     """One piece whose rows have sides."""
 
+    name: str
+    """Of its item."""
     key: str
     facts: Facts
     found: Found
@@ -92,7 +95,7 @@ def read(keyed: Keyed, reading: Reading, rules: Rules | None, order: Ordering, f
     # what they reject is kept with the assessment
     found = _found(place, facts, rules, order, must_fit) if rules else []
     facts = [msgspec.structs.replace(fact, rejects=[]) for fact in facts]
-    return ReadItem(keyed.key, sum(part.size for part in keyed.item.parts), facts, found, reads)
+    return ReadItem(keyed.name, keyed.key, sum(part.size for part in keyed.item.parts), facts, found, reads)
 
 
 def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> Counted:

@@ -58,6 +58,10 @@ class Keyed(msgspec.Struct, frozen=True):
     item: Item
     key: str
 
+    @property
+    def name(self) -> str:
+        return self.item.name
+
 
 def keyed(item: Item, reading: Reading) -> Keyed:
     """The item with its key."""

@@ -188,14 +188,14 @@ def _decide(
     loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Path
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
-    each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = passes.Tables(kept, found.assessment, [(key, facts.number) for key, facts, _ in each])
+    each = [(item, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
+    tables = passes.Tables(kept, found.assessment, [(item.key, facts.number) for item, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
         tasks[:] = [
-            PieceTask(key, facts, one, own, divided.exceptions.between(one.first, one.last))
-            for (key, facts, one), own in zip(each, codes, strict=True)
+            PieceTask(item.name, item.key, facts, one, own, divided.exceptions.between(one.first, one.last))
+            for (item, facts, one), own in zip(each, codes, strict=True)
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
