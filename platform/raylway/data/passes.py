@@ -26,6 +26,9 @@ from raylway.features.fit import Question
 from raylway.features.transform import Transform
 
 _FACTS = "facts"
+# Where threads are the first to decode a type, msgspec 0.22 ends the process: what one has half looked up, another
+# takes for whole. These are looked up here.
+msgspec.msgpack.Decoder(tuple[pieces.Whole, list[Facts], list[Found]])
 
 
 class ReadItem(msgspec.Struct, frozen=True):
