@@ -19,11 +19,11 @@ import pytest
 from pyarrow import feather
 from typer.testing import CliRunner
 
-from raylway import cli
+from raylway import cli, storage
 from raylway.data import leaks, prepare, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
-from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared, Shard
+from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, LeakTest, Prepared, Shard
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
 from raylway.runs.run import Run
@@ -108,7 +108,7 @@ def test_a_quarantined_row_of_a_parquet_file_is_found_by_its_group(tmp_path: Pat
             writer.write_table(table, max_chunksize=30)
     loaded = job(tmp_path, f"rows.{ending}", features={"numeric": ["size"]}, clean={"max_invalid": "20%"})
     prepared = made(tmp_path, loaded)
-    found = trace.quarantined(prepared.folder, 20)
+    found = trace.quarantined(prepared, 20)
     assert [(row["line"] - 1, row["cell"]) for row in found.rows] == [(at, f"bad {at}") for at in bad]
     for row in found.rows:
         if ending == "parquet":
@@ -210,6 +210,9 @@ def test_the_quarantine_is_counted_and_listed(tmp_path: Path) -> None:
     copies = pa.table({"row_id": pa.array([9, 10, 11], pa.uint64()), "first_row_id": pa.array([2, 2, 3], pa.uint64())})
     with pa.ipc.new_file(str(prepared.folder / DUPLICATES), copies.schema) as writer:
         writer.write_table(copies)
+    listed = {DUPLICATES: storage.checksum(prepared.folder / DUPLICATES)}
+    manifest = msgspec.structs.replace(prepared.manifest, set_aside=prepared.manifest.set_aside | listed)
+    storage.write_sealed(prepared.folder / MANIFEST, manifest)
     found = json.loads(
         CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--json", "--limit", "2"]).output
     )

@@ -191,7 +191,7 @@ def quarantine(
     from raylway.data import trace
 
     prepared = _prepared_of(run, storage)[0]
-    found = trace.quarantined(prepared.folder, limit)
+    found = trace.quarantined(prepared, limit)
     print(_as_json(found) if json_ else trace.quarantine_text(found, prepared.manifest.account.missing))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
@@ -24,6 +25,10 @@ from raylway.errors import UserError
 
 Record = TypeVar("Record")
 _CHUNK_BYTES = 1 << 22
+_END = b"\n}\n"
+"""Of a JSON object as it is written."""
+_SEAL = re.compile(rb',\n "checksum": "[0-9a-f]{32}"\n}\n')
+_SEAL_BYTES = 52
 _STAGING_PREFIX = ".staging-"
 _JUST_MADE_S = 60.0
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -100,15 +105,31 @@ def write_record(path: Path, record: object) -> None:
     write_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
+def write_sealed(path: Path, record: object) -> None:
+    """As `write_record`, of a JSON object; its last key is a checksum of all else, by which `read_record` finds any
+    damage."""
+    content = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+    write_bytes(path, content.removesuffix(_END) + _seal(content))
+
+
+def _seal(content: bytes) -> bytes:
+    return b',\n "checksum": "%s"' % xxhash.xxh3_128_hexdigest(content).encode() + _END
+
+
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read what `write_record` wrote.
+    """Read what `write_record` or `write_sealed` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
         UserError: The file is not a record of this kind.
     """
+    content = path.read_bytes()
+    if _SEAL.fullmatch(seal := content[-_SEAL_BYTES:]):
+        content = content[:-_SEAL_BYTES] + _END
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        if _SEAL.fullmatch(seal) and seal != _seal(content):
+            raise msgspec.DecodeError("other contents than those of its checksum")
+        return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(
             "the file is damaged or of another version",

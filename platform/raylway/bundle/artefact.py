@@ -64,7 +64,7 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
         )
         examples.write(made, Predictor(Bundle(made, record)))
         record = msgspec.structs.replace(record, files=contents.listed(made))
-        storage.write_record(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
+        storage.write_sealed(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
 
 
 def publish(staged: Path, final: Path, metrics: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def publish(staged: Path, final: Path, metrics: dict[str, Any]) -> None:
         load(final)
         return
     record = load(staged).record
-    storage.write_record(staged / RECORD, msgspec.structs.replace(record, metrics=metrics))
+    storage.write_sealed(staged / RECORD, msgspec.structs.replace(record, metrics=metrics))
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)
     storage.sync_folder(final.parent)

@@ -110,6 +110,7 @@ def load(folder: Path) -> Bundle:
             "there is no whole bundle here",
             where=str(folder),
             expected=f"a folder with {RECORD}, which is written last",
+            found="none",
             fix="name the bundle folder of a run that has finished; raylway run JOB finishes one",
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

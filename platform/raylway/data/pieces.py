@@ -155,7 +155,8 @@ def sweep(root: Path, spent: list[str]) -> None:
         named: set[str] = set()
         for listed in root.glob(f"*/{USED}"):
             if (listed.parent / MANIFEST).exists():
-                named.update(msgspec.json.decode(listed.read_bytes(), type=list[str]))
+                with suppress(msgspec.DecodeError):  # damaged: its pieces are read again when they are asked for
+                    named.update(msgspec.json.decode(listed.read_bytes(), type=list[str]))
         for each in folder.iterdir():
             unused = each.is_dir() and each.name not in named
             if unused and (each.name in spent or time.time() - each.stat().st_mtime > _UNUSED_S):

@@ -54,6 +54,8 @@ from raylway.features.prepared import (
     FORMAT,
     LINE_BITS,
     MANIFEST,
+    PROFILE,
+    QUARANTINE,
     SPLITS,
     Lineage,
     Manifest,
@@ -167,10 +169,12 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
     _write_duplicates(work.folder, decided.division.exceptions)
     empty = outcome.empty_columns(found.seen)
     columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
-    storage.write_record(work.folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
+    storage.write_sealed(work.folder / PROFILE, {"columns": columns, "warnings": manifest.warnings})
     keys = [item.key for item in found.items]
     storage.write_record(work.folder / pieces.USED, keys if start.may_grow else [])
-    storage.write_record(work.folder / MANIFEST, manifest)
+    set_aside = {name: storage.checksum(work.folder / name) for name in (QUARANTINE, DUPLICATES)}
+    manifest = msgspec.structs.replace(manifest, set_aside=set_aside)
+    storage.write_sealed(work.folder / MANIFEST, manifest)
     return manifest, keys
 
 
@@ -289,8 +293,8 @@ def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessme
     for part in source.parts:
         if isinstance(part, Group):
             groups.setdefault(part.file, []).append(part)
-    (folder / "quarantine").mkdir()
-    with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
+    (folder / QUARANTINE).parent.mkdir()
+    with (folder / QUARANTINE).open("wb") as file:
         for task in tasks:
             for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
                 name, line = source.places.split(reject.row_id)

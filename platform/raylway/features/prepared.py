@@ -14,21 +14,23 @@ Parquet and python sources the row's number from 1).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
 from raylway import storage
-from raylway.errors import RunFailed
+from raylway.errors import RunFailed, UserError
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine/rows.jsonl"
 DUPLICATES = "quarantine/duplicates.arrow"
+PROFILE = "profile.json"
 LINE_BITS = 40
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -130,6 +132,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a sample of the training rows."""
     leak_test: LeakTest | None = None
     lineage: Lineage = Lineage()
+    set_aside: dict[str, str] = {}
+    """XXH3-128 of `QUARANTINE` and `DUPLICATES`; empty of an earlier version."""
+
+
+class ColumnReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`PROFILE`."""
+
+    columns: list[dict[str, Any]]
+    """Each column as it was found, what it is used as and why (`data.report`)."""
+    warnings: list[str] = []
 
 
 class Rows:
@@ -211,6 +223,30 @@ class Prepared:
         self.folder = folder
         self.manifest = storage.read_record(folder / MANIFEST, Manifest)
 
+    def set_aside(self, name: str) -> Path:
+        """The path of `QUARANTINE` or `DUPLICATES`; reads it once.
+
+        Raises:
+            UserError: It is missing, or not what was written.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise damaged(path, "no such file")
+        if self.manifest.set_aside.get(name) not in (None, storage.checksum(path)):
+            raise damaged(path, "other contents than those of its checksum")
+        return path
+
+    def profile(self) -> list[dict[str, Any]]:
+        """The columns of the column report.
+
+        Raises:
+            UserError: It is missing, or not what was written.
+        """
+        try:
+            return storage.read_record(self.folder / PROFILE, ColumnReport).columns
+        except FileNotFoundError:
+            raise damaged(self.folder / PROFILE, "no such file") from None
+
     def shards(self, split: SplitName) -> list[Shard]:
         return [shard for shard in self.manifest.shards if shard.split == split]
 
@@ -219,6 +255,17 @@ class Prepared:
         target = pa.int32() if transform.target.task == "classification" else pa.float64()
         schema = shard_schema(transform.num_numeric, len(transform.category_counts), target)
         return Rows(self.folder, self.shards(split), schema, verify)
+
+
+def damaged(path: Path, found: str) -> UserError:
+    """A file of prepared data is not what was written."""
+    return UserError(
+        "the prepared data is damaged",
+        where=str(path),
+        expected="the file that preparation wrote",
+        found=found,
+        fix="remove the folder that holds it, and run the job again to make it anew",
+    )
 
 
 def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) -> pa.Schema:
