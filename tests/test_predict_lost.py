@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from raylway.data import csv_read
 from raylway.errors import RunFailed, UserError
 from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
+from raylway.predict.output import alone, output_of
 from raylway.runs.run import Run
 from tests.test_predict import predict, rows, trained, typed
 
@@ -34,22 +37,57 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("place", ["answers.csv", "answers/"])
-def test_of_two_predictions_into_one_place_the_later_one_says_so(
+def test_of_two_predictions_into_one_place_the_later_one_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Both begin where nothing is."""
-    rows(20, 9).to_csv(tmp_path / "new.csv", index=False)
-    real = predicting.commit
+    """Each has answers, and one row without; the later one begins when the first has answered all."""
+    for name, count in (("first", 20), ("second", 30)):
+        rows(count, 9).to_csv(tmp_path / f"{name}.csv", index=False)
+        with (tmp_path / f"{name}.csv").open("a") as file:
+            file.write("1\n")
+    predict(run, tmp_path / "first.csv", f"{tmp_path}/alone/{place}")
+    real, refused = predicting.commit, list[str]()
 
     def slow(*given: Any) -> None:
-        monkeypatch.setattr(predicting, "commit", real)
-        predict(run, tmp_path / "new.csv", f"{tmp_path}/{place}")
+        with pytest.raises(UserError, match="another prediction writes there") as caught:
+            predict(run, tmp_path / "second.csv", f"{tmp_path}/both/{place}")
+        refused.append(str(caught.value))
         real(*given)
 
     monkeypatch.setattr(predicting, "commit", slow)
+    predict(run, tmp_path / "first.csv", f"{tmp_path}/both/{place}")
+    monkeypatch.setattr(predicting, "commit", real)
     with pytest.raises(UserError, match="is there already"):
-        predict(run, tmp_path / "new.csv", f"{tmp_path}/{place}")
-    assert {path.name for path in tmp_path.iterdir()} == {"new.csv", place.rstrip("/")}
+        predict(run, tmp_path / "second.csv", f"{tmp_path}/both/{place}")
+    assert len(refused) == 1
+    expected, found = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "alone", tmp_path / "both")
+    )
+    assert found == expected and len(found) > 1
+
+
+def test_many_predictions_into_one_place_end_with_the_answers_of_one(run: Run, tmp_path: Path) -> None:
+    """At once, and one after the other has let go of the lock: never two that hold it."""
+    output, holders, most = output_of(str(tmp_path / "answers.csv"), None), 0, []
+    barrier = threading.Barrier(8)
+
+    def act() -> None:
+        nonlocal holders
+        barrier.wait()
+        for _ in range(400):
+            with suppress(UserError), alone(output):
+                holders += 1
+                time.sleep(0)
+                most.append(holders)
+                holders -= 1
+
+    threads = [threading.Thread(target=act) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len(most) > 100 and not list(tmp_path.iterdir())
 
 
 CUT_SHORT = """

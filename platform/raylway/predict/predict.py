@@ -29,7 +29,7 @@ from raylway.data.csv_read import Reject
 from raylway.data.items import Item
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
-from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema, unwritable
+from raylway.predict.output import Output, Parts, PartWriter, alone, commit, refuse_taken, schema, unwritable
 from raylway.runs.progress import Reporter
 
 SMALL_BYTES = 32 << 20
@@ -215,6 +215,8 @@ def _scratch(output: Output, bundle: Path) -> Iterator[Path]:
         try:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")
             folder = stack.enter_context(storage.scratch_folder(parent, name))
+            if is_local:
+                stack.enter_context(alone(output))
         except OSError as error:
             raise unwritable(output.place or str(parent), error) from None
         yield folder
