@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import io
 import json
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from pyarrow import feather
 from typer.testing import CliRunner
 
 from raylway import cli, storage
-from raylway.data import leaks, prepare, trace
+from raylway.data import csv_read, leaks, prepare, remote, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, LeakTest, Prepared, Shard
@@ -173,6 +175,54 @@ def write(folder: Path, name: str, frame: pd.DataFrame) -> tuple[str, dict[str, 
         content = texts[kind].encode()
         path.write_bytes(packers[packed](content) if packed else content)
     return path.name, {}
+
+
+@pytest.fixture(params=["s3", "https"])
+def put(request: pytest.FixtureRequest) -> Iterator[Callable[[str, bytes], str]]:
+    """Gives a file to a real server; returns its address."""
+    server = request.getfixturevalue("s3_server" if request.param == "s3" else "web")
+    if request.param == "https":
+        yield server.put
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.variables.items():
+            patch.setenv(name, value)
+        remote.system.cache_clear()
+        yield lambda name, content: server.write(name, content) or server.address(name)
+    remote.system.cache_clear()
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+def test_rows_of_a_server_are_found_as_those_on_disk(
+    tmp_path: Path, put: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 1_000)
+
+    def written(frame: pd.DataFrame) -> bytes:
+        if ending == "parquet":
+            frame.to_parquet(tmp_path / "made", row_group_size=30)
+            return (tmp_path / "made").read_bytes()
+        text = (TEXT + frame.to_csv(index=False, header=False)).encode()
+        return gzip.compress(text) if ending.endswith("gz") else text
+
+    content = written(rows())
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / f"show.{ending}").write_bytes(content)
+    address = put(f"show.{ending}", content)
+    here, there = job(tmp_path / "here", f"show.{ending}"), job(tmp_path / "there", address)
+    known, asked = made(tmp_path / "here", here), made(tmp_path / "there", there)
+    lines = (1, 30, 31, 80) if ending == "parquet" else (2, 4, 5, 6, 40, 85)
+    for line in lines:
+        wanted, found = trace.trace(known, here, str(line), None), trace.trace(asked, there, str(line), None)
+        assert (found.file, wanted.file) == (address, f"show.{ending}") and found.record
+        assert dataclasses.replace(found, file=wanted.file) == wanted
+    monkeypatch.chdir(tmp_path / "there")
+    shown = CliRunner().invoke(cli.app, ["show", "job.yaml", "--row", f"{address}:{lines[-1]}"])
+    assert shown.exit_code == 0 and f"(row id {lines[-1]})" in shown.output, shown.output
+
+    put(f"show.{ending}", written(rows().iloc[::-1]))
+    assert "has changed since" in trace.trace(asked, there, str(lines[-1]), None).changed
 
 
 def test_what_names_no_row(tmp_path: Path) -> None:
