@@ -26,7 +26,8 @@ from raylway.data import csv_read
 from raylway.errors import RunFailed, UserError
 from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
-from raylway.predict.output import alone, output_of
+from raylway.predict.alone import alone
+from raylway.predict.output import output_of
 from raylway.runs.run import Run
 from tests.test_predict import predict, rows, trained, typed
 

@@ -32,6 +32,10 @@ RunName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.optimizer.lr=0.01.")
 ]
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Read SOURCE otherwise than the run does: data.read.decimal=,"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Progress and result as JSON, one object a line.")]
 Storage = Annotated[Path, typer.Option("--storage", metavar="FOLDER", help="Where runs are looked for.")]
 
@@ -137,18 +141,19 @@ def predict(
     format_: Annotated[
         str | None, typer.Option("--format", help="Write a folder of parts: csv, jsonl or parquet.")
     ] = None,
+    set_: ReadAs = None,
     storage: Storage = Path("runs"),
     json_: Json = False,
 ) -> None:
     """Answer every row of a source with a run's model; prints CSV unless --output names a place."""
-    from raylway.job.load import load_job
+    from raylway.data.inputs import job_of
     from raylway.predict.output import output_of
     from raylway.predict.predict import predict as answer
     from raylway.runs.run import find_run
 
     place = output_of(output, format_)
     found = find_run(storage, run, with_bundle=True)
-    done = answer(load_job(found.job), found.bundle, source, place, _reporter(json_))
+    done = answer(job_of(found.job, set_ or ()), found.bundle, source, place, _reporter(json_))
     if output is not None:
         print(f"{done.answered:,} rows answered: {output}", file=sys.stderr)
     if done.rejected:
@@ -163,6 +168,7 @@ def predict(
 def drift(
     run: RunName,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="New rows: whatever data.source takes.")],
+    set_: ReadAs = None,
     storage: Storage = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -170,11 +176,11 @@ def drift(
     from raylway.bundle.contents import load
     from raylway.data.drift import as_text
     from raylway.data.drift import drift as compare
-    from raylway.job.load import load_job
+    from raylway.data.inputs import job_of
     from raylway.runs.run import find_run
 
     of_run = find_run(storage, run, with_bundle=True)
-    found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
+    found = compare(load(of_run.bundle).record, source, job_of(of_run.job, set_ or ()).job)
     print(_as_json(found) if json_ else as_text(found))
     if found.drifted:
         raise typer.Exit(1)

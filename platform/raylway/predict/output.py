@@ -12,12 +12,9 @@ parts without `_SUCCESS`).
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -159,36 +156,6 @@ def _taken(output: Output) -> UserError:
         found="something of this name",
         fix="name another one, or remove it first",
     )
-
-
-@contextmanager
-def alone(output: Output) -> Iterator[None]:
-    """No other prediction writes to a local output while the body runs; a lock goes with its process, however it dies.
-
-    Raises:
-        UserError: Another one does.
-    """
-    path = output.path.with_name(f".{output.path.name}.lock")
-    with ExitStack() as stack:
-        is_mine = False
-        while not is_mine:
-            file = stack.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    "another prediction writes there",
-                    where=output.place,
-                    expected="one at a time",
-                    found=f"one that holds {path.name}",
-                    fix="wait until it ends, or name another place",
-                ) from None
-            with suppress(FileNotFoundError):  # the one before has removed it meanwhile: its lock is nobody's
-                is_mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _format(name: str) -> Format:

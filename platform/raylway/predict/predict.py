@@ -29,7 +29,8 @@ from raylway.data.csv_read import Reject
 from raylway.data.items import Item
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
-from raylway.predict.output import Output, Parts, PartWriter, alone, commit, refuse_taken, schema, unwritable
+from raylway.predict.alone import alone
+from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema, unwritable
 from raylway.runs.progress import Reporter
 
 SMALL_BYTES = 32 << 20
