@@ -162,6 +162,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
             written,
             decided.account.kept,
             [functools.partial(_contents, task, decided.division, work.kept, found.assessment) for task in tasks],
+            passes.Tables(work.kept, found.assessment, [(task.key, task.facts.number) for task in tasks]),
         ),
     )
     _tell(work.reporter, manifest, found)
@@ -249,7 +250,7 @@ def _missing(found: Found, decided: Outcome) -> dict[str, float]:
 
 
 def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -> leaks.Contents:
-    """What the kept rows of a piece hold."""
+    """The kept rows of a piece."""
     by = divided.ordering.by
     table = passes.rows(kept, task.key, task.facts.number, assessment)
     sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
@@ -258,10 +259,9 @@ def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -
     at[word["position"]] = np.arange(len(sides))
     rows = at[at >= 0]
     rows = rows[sides[rows] > 0]
-    hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
     group = word["key"][rows] if by == "group" else None
     instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
-    return leaks.Contents(word["row"][rows], hashes, group, instant)
+    return leaks.Contents(word["row"][rows], rows, group, instant)
 
 
 def _shown(stage: Stage, total: int, unit: str, results: Iterator[Done]) -> Iterator[Done]:

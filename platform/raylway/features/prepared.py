@@ -64,7 +64,7 @@ class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int
     """Kept rows; the row id of each was looked for in every shard."""
     compared: int
-    """Rows whose content was compared: all, or of very large data a fixed part."""
+    """Rows whose content was compared: all, or as an earlier version had it a fixed part."""
     unplaced: int
     """Kept rows that no shard holds."""
     row_ids_on_two_sides: int
