@@ -5,7 +5,6 @@ Each replica loads the bundle, checks itself against the examples in it, and tak
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
+from raylway import storage
 from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
@@ -41,7 +41,7 @@ class Model:
 
     def __init__(self, bundle: str, max_batch: int) -> None:
         torch.set_num_threads(1)  # as every forward pass of the predictor needs it; replicas scale, not threads
-        predictor = Predictor(contents.load(Path(bundle)))
+        predictor = Predictor(contents.load(storage.place(bundle)))
         examples.check(predictor)
         self._service = Service(predictor, max_batch)
 
@@ -53,7 +53,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one bundle; checks its arguments and touches nothing, since Ray may call it on any node.
 
     Args:
-        args: `bundle`, the folder, which every node that may hold a replica must see; and, as numbers or their text,
+        args: `bundle`, the folder, which every node that may hold a replica must see, or `s3://…` or `gs://…`, which
+            each node fetches once; and, as numbers or their text,
             `min_replicas`, `max_replicas` and `max_batch` (rows in one pass through the model).
 
     Raises:
@@ -77,7 +78,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     scaled: serve.Deployment = Model.options(  # type: ignore[attr-defined] # the decorator has made it a Deployment
         autoscaling_config=_autoscaling(low, high, max_batch)
     )
-    return scaled.bind(str(Path(args["bundle"]).absolute()), max_batch)
+    return scaled.bind(str(storage.place(args["bundle"], "serve_app.app:build, bundle")), max_batch)
 
 
 def _autoscaling(low: int, high: int, max_batch: int) -> AutoscalingConfig:

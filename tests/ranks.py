@@ -24,7 +24,7 @@ from raylway.train import worker
 from raylway.train.plan import Plan, plan
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.checkpoint.hf_storage", "ranks"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "ranks"])
 
 
 @dataclass

@@ -181,6 +181,35 @@ def test_every_size_gives_the_gradient_of_the_whole_batch(
         assert_same(case, last, found)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_else_the_job_asks_for_is_done_as_in_one_process(tmp_path: Path, way: str) -> None:
+    """Weights of classes, decay, an average; muon where `check` lets it through. Other tests compare one process with
+    scikit-learn and with torch's own optimizers."""
+    prepared = ranks.prepared(tmp_path / "prepared", 34, 7)
+    asked: dict[str, dict[str, Any]] = {
+        "classes": {"balance": "weights"},
+        "decay": {"optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1, "ema": 0.9}},
+    }
+    if "pipeline" in WAYS[way]:
+        asked["muon"] = {"optimizer": {"kind": "muon", "lr": 0.01, "weight_decay": 0.1}}
+
+    def cases(name: str, parallel: dict[str, Any]) -> list[ranks.Case]:
+        train = SMALL | {"global_batch": 16, "microbatch": 4, "parallel": parallel}
+        model = {"hidden": [8, 6], "dropout": 0}
+        return [ranks.Case(tmp_path / f"{name}-{key}", prepared, train | keys, model) for key, keys in asked.items()]
+
+    divided, plain = cases("divided", WAYS[way]), cases("plain", {})
+    lasts = zip(trained(2, *divided), trained(1, *plain), strict=True)
+    for mine, other, (last, expected) in zip(divided, plain, lasts, strict=True):
+        for figure in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                [step[figure] for step in mine.steps()], [step[figure] for step in other.steps()], **CLOSE
+            )
+        weights, wanted = mine.weights(last), other.weights(expected)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-8, err_msg=f"{mine.folder.name}: {name}")
+
+
 def test_ranks_that_compute_a_layer_together_drop_what_one_process_would(tmp_path: Path) -> None:
     prepared = ranks.prepared(tmp_path / "prepared", 40, 7)
     train = SMALL | {"global_batch": 16, "parallel": {"tensor": 2}}
@@ -241,7 +270,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path: Path, way: str) -
     whole, broken = (ranks.Case(tmp_path / name, prepared, train, model) for name in ("whole", "broken"))
     last = ranks.done(whole, 2).last_checkpoint
     started = ranks.Ranks([broken.assignment(2)], 2, tmp_path)
-    while checkpoint.newest(broken.run.checkpoints, {}) is None:
+    while checkpoint.newest(broken.run, {}) is None:
         time.sleep(0.001)
     os.kill(started.processes[1].pid, signal.SIGKILL)
     (peer,), killed = started.results()

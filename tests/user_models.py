@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,8 @@ class Watched(Net):
     def __init__(self, width: int, outputs: int, dropout: float, acts: dict[str, Any]) -> None:
         super().__init__(width, outputs, dropout)
         self._acts, self._passes = acts, 0
+        for index in range(2 if acts.get("act") == "full" else 0):  # for each of two ranks one to write
+            self.register_buffer(f"ballast_{index}", torch.zeros(1 << 14, dtype=torch.float64))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
@@ -75,6 +79,11 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if self._passes == acts.get("until") and rank == acts.get("rank", rank):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
         if "once" in acts:
@@ -89,15 +98,19 @@ class Watched(Net):
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise` or `fault`.
+    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 KiB;
+        a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
+    until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
     record: A folder for the rows that were seen, and a random number of each pass.
     """

@@ -26,6 +26,7 @@ from raylway.features.signature import Input, Signature
 from raylway.features.texts import Decimal, category_names
 from raylway.job.load import LoadedJob, load_job
 from raylway.job.schema import Job
+from raylway.storage import Place
 
 
 class How(msgspec.Struct, frozen=True):
@@ -43,7 +44,7 @@ class How(msgspec.Struct, frozen=True):
         return cls(read.decimal, job.data.clean.infinite == "missing", read.missing_words)
 
 
-def job_of(path: Path, overrides: Sequence[str]) -> LoadedJob:
+def job_of(path: Place, overrides: Sequence[str]) -> LoadedJob:
     """The job of a run, its rows read as a person says: files to predict may be of another dialect than those of
     training.
 

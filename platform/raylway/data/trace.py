@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,10 +18,11 @@ from raylway.data import prepare as data_prepare
 from raylway.data.files import locate
 from raylway.data.location import TEXT_FORMATS, Location
 from raylway.data.opening import open_source
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.evaluate.record import reading
 from raylway.features.prepared import DUPLICATES, LINE_BITS, QUARANTINE, SPLITS, Prepared, Shard, damaged
 from raylway.job.load import LoadedJob
+from raylway.storage import Place
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Traced:
     """A sentence, if the source is no longer what was prepared."""
 
 
-def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | None) -> Traced:
+def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Place | None) -> Traced:
     """Follow one row.
 
     Args:
@@ -174,7 +174,7 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def _lines(prepared: Prepared) -> Iterator[dict[str, Any]]:
-    with prepared.set_aside(QUARANTINE).open("rb") as lines:
+    with prepared.set_aside(QUARANTINE) as path, path.open("rb") as lines:
         yield from map(msgspec.json.decode, lines)
 
 
@@ -242,7 +242,7 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
     transform = prepared.manifest.transform
     for split in SPLITS:
         for shard in prepared.shards(split):
-            table = _rows(prepared.folder / shard.file)
+            table = _rows(prepared, shard)
             ids = table["row_id"].combine_chunks().to_numpy()
             at = int(np.searchsorted(ids, np.uint64(found.row_id)))
             if at < len(ids) and ids[at] == found.row_id:
@@ -291,29 +291,32 @@ def _add_why_not_kept(found: Traced, prepared: Prepared) -> None:
         found.fate = "left out: a duplicate of an earlier row, or a cell that counts as missing"
 
 
-def _rows(path: Path) -> pa.Table:
+def _rows(prepared: Prepared, shard: Shard) -> pa.Table:
     """Memory-mapped."""
+    place = prepared.folder / shard.file
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(path, str(error)) from None
+        return pa.ipc.open_file(pa.memory_map(str(storage.local(place, shard.bytes, shard.checksum)))).read_all()
+    except (OSError, pa.ArrowException, RunFailed) as error:
+        raise damaged(place, str(error)) from None
 
 
 def _check(prepared: Prepared, shard: Shard) -> None:
-    if storage.checksum(prepared.folder / shard.file) != shard.checksum:
-        raise damaged(prepared.folder / shard.file, "other contents than those of its checksum")
+    place = prepared.folder / shard.file
+    if storage.checksum(storage.local(place, shard.bytes, shard.checksum)) != shard.checksum:
+        raise damaged(place, "other contents than those of its checksum")
 
 
-def _prediction(predictions: Path, row_id: int) -> dict[str, Any]:
+def _prediction(predictions: Place, row_id: int) -> dict[str, Any]:
     """What the run answered for a row, without its id."""
-    with reading(predictions):
-        rows = pq.read_table(predictions, filters=[("row_id", "=", row_id)]).to_pylist()
+    with storage.here(predictions) as path, reading(predictions):
+        rows = pq.read_table(path, filters=[("row_id", "=", row_id)]).to_pylist()
     return {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
 
 
 def _duplicates(prepared: Prepared) -> pa.Table:
     """`row_id` and `first_row_id` (uint64) of rows that repeat another, in the order of the ids; memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(prepared.set_aside(DUPLICATES)))).read_all()
+    with prepared.set_aside(DUPLICATES) as path:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _place(files: list[str], row_id: int) -> tuple[str, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 from msgspec import Struct, field
 
 from raylway.errors import UserError
 from raylway.features.signature import Task
+from raylway.storage import Place
 
 FORMAT = 1
 CLASSIFICATION = ("accuracy", "f1_weighted", "f1_macro", "roc_auc", "log_loss")
@@ -93,7 +93,7 @@ def sentence(evaluation: Evaluation) -> str:
 
 
 @contextmanager
-def reading(predictions: Path) -> Iterator[None]:
+def reading(predictions: Place) -> Iterator[None]:
     """Around a look at a run's answers.
 
     Raises:

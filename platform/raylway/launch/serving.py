@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from raylway.errors import RunFailed, UserError
 from raylway.launch import start
 from raylway.runs.progress import Reporter
+from raylway.storage import Place
 
 if TYPE_CHECKING:
     from raylway.job.schema import Serve
@@ -66,11 +67,11 @@ exec {binary} "$@"
 """
 
 
-def serve(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter) -> None:
+def serve(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter) -> None:
     """Serve a bundle until Ctrl-C or SIGTERM; requests that are being answered then still get their answers.
 
     Args:
-        bundle: The bundle's folder.
+        bundle: The bundle's folder, or its address in a bucket.
         options: Replicas and batch size, from the job file.
         host: Address to listen on.
         port: HTTP port.
@@ -87,7 +88,7 @@ def serve(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter
 
 
 @contextmanager
-def served(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter) -> Iterator[str]:
+def served(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter) -> Iterator[str]:
     """Serve a bundle while the body runs; yields the address once it answers. As `serve`."""
     from raylway.bundle import contents
 
@@ -103,11 +104,11 @@ def served(bundle: Path, options: Serve, host: str, port: int, reporter: Reporte
 
 
 @contextmanager
-def deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
+def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
     """Run the application in the connected Ray while the body runs; yields its address once it answers.
 
     Args:
-        bundle: The bundle's folder.
+        bundle: The bundle's folder, or its address in a bucket.
         name: Of the application; one that runs under this name is replaced.
         options: Replicas and batch size.
         http: `host` and `port`, for a Serve that is not running yet.

@@ -13,6 +13,8 @@ from raylway.evaluate.record import Evaluation
 from raylway.report import curves
 from raylway.report.charts import COLOURS, Axis, Figure, Series, chart
 from raylway.report.words import figure, sentence_list
+from raylway.runs import journal
+from raylway.storage import Place
 
 _MOST_ROWS = 1_000_000
 """Answers that the curves are drawn from; of more, every k-th is taken."""
@@ -27,9 +29,9 @@ Points = tuple[np.ndarray, np.ndarray]
 class History:
     """What training wrote to `metrics.jsonl`, by the name of the value; values that are not finite are left out."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: Place) -> None:
         found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}}
-        for line in path.read_bytes().splitlines() if path.exists() else ():
+        for line in journal.read(place).splitlines():
             try:
                 record = msgspec.json.decode(line)
             except msgspec.DecodeError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +20,7 @@ from raylway.features.prepared import QUARANTINE, SPLITS, Manifest, Prepared
 from raylway.report import figures, sparks, words
 from raylway.report.charts import Figure
 from raylway.runs.run import STAGES, Run, RunRecord
+from raylway.storage import Place
 
 _MOST_CLASSES = 20
 """Of a confusion matrix that can be read; of more classes the most frequent confusions are listed."""
@@ -31,7 +31,7 @@ _AFTER_PREPARE = STAGES[1:-1]
 """What can be unfinished: the prepared data is there, and this page is the last stage."""
 
 
-def write(run: Run, prepared: Prepared) -> Path:
+def write(run: Run, prepared: Prepared) -> Place:
     """Write `report.html` anew and return where it is.
 
     Args:
@@ -176,7 +176,7 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
 
 def _quarantined(prepared: Prepared) -> Iterator[dict[str, Any]]:
     """The first ones."""
-    with prepared.set_aside(QUARANTINE).open("rb") as lines:
+    with prepared.set_aside(QUARANTINE) as path, path.open("rb") as lines:
         yield from map(msgspec.json.decode, islice(lines, _MOST_QUARANTINED))
 
 
@@ -188,15 +188,15 @@ def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
     draw = figures.regression if evaluation.task == "regression" else figures.classification
-    with reading(run.predictions):
-        return draw(run.predictions, evaluation)
+    with storage.here(run.predictions) as path, reading(run.predictions):
+        return draw(path, evaluation)
 
 
 def _worst(run: Run, evaluation: Evaluation | None) -> list[dict[str, str]]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
-    with reading(run.predictions):
-        return figures.worst(run.predictions, evaluation, _MOST_WRONG)
+    with storage.here(run.predictions) as path, reading(run.predictions):
+        return figures.worst(path, evaluation, _MOST_WRONG)
 
 
 def _clock(record: RunRecord) -> list[dict[str, Any]]:

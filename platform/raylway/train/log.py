@@ -1,18 +1,17 @@
-"""`metrics.jsonl`: one line for each step and each validation, written by rank 0, each step there once.
+"""`metrics.jsonl`: one line for each step, validation and checkpoint, written by rank 0, each step there once.
 
-A checkpoint remembers how long the file was; a resumed run goes on from a copy of that length. A copy, because workers
-of an attempt whose driver was killed may live on for a moment: what they still write goes into the old file.
+A checkpoint remembers how long the file was; a resumed run goes on from there, behind the lines about the checkpoint
+itself, and what workers of an attempt whose driver was killed still write counts for nothing (`runs.journal`).
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from raylway import storage
+from raylway.runs import journal
+from raylway.storage import Place
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -21,22 +20,33 @@ class MetricsLog:
     """The file, opened for appending.
 
     Args:
-        path: `metrics.jsonl`.
+        place: `metrics.jsonl`.
         size: Bytes to keep, from the checkpoint that the run goes on from; 0 for a new run.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        storage.write_bytes(path, path.read_bytes()[:size] if size and path.exists() else b"")
-        # Unbuffered: a line is one write, so readers see whole lines and a killed process loses none.
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, place: Place, size: int) -> None:
+        self._lines = journal.begin(place, _kept(journal.read(place), size) if size else 0)
 
     def write(self, kind: str, **figures: Any) -> None:
-        self._file.write(_ENCODER.encode({"kind": kind, **figures}) + b"\n")
+        self._lines.write(_ENCODER.encode({"kind": kind, **figures}) + b"\n")
 
     def mark(self) -> int:
-        """The size of the file, which is now on the disk."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """The size of the file."""
+        return self._lines.size
+
+    def close(self) -> None:
+        """After the last line."""
+        self._lines.close()
+
+    def sync(self) -> None:
+        """Return when what was written is where it should be. Called from the thread that writes checkpoints."""
+        self._lines.sync()
+
+
+def _kept(content: bytes, size: int) -> int:
+    while content.startswith(b'{"kind":"checkpoint"', size) and (end := content.find(b"\n", size)) >= 0:
+        size = end + 1
+    return size
 
 
 class NoLog:
@@ -47,3 +57,9 @@ class NoLog:
 
     def mark(self) -> int:
         return 0
+
+    def close(self) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from raylway.errors import RunFailed
 from raylway.features.signature import Task
 from raylway.job.training import Train
 from raylway.train import optim, validate
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints, State, restore, settings_of, tensors_of
+from raylway.train.checkpoint import State, restore, settings_of, tensors_of
 from raylway.train.feed.loader import Feed
 from raylway.train.feed.order import random_seed
 from raylway.train.guard import Guard, Verdict
@@ -33,9 +34,13 @@ from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Progress
+from raylway.train.saving import Checkpoints
 from raylway.train.step import Agreed, Wish, agree, forward_backward, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
+
+_LONG_WAIT_S = 1.0
+"""A wait for a checkpoint that is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def train(run: Training, progress: Progress) -> Progress:
 
     Raises:
         RunFailed: Loss or gradient are not finite, or the loss jumps and the job says to stop then; on all ranks alike,
-            before the weights are touched.
+            before the weights are touched. Or checkpoints can't be written.
     """
     plan, optimizer, scaler = run.plan, run.optimizer, run.precision.scaler
     parameters = [parameter for parameter in run.model.module.parameters() if parameter.requires_grad]
@@ -98,6 +103,8 @@ def train(run: Training, progress: Progress) -> Progress:
         digest = batch.digest if run.groups.counts_rows else 0
         agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
         wish = agreed.wish
+        if wish.settle or wish.save:
+            progress = _settled(run, progress)
         verdict = run.guard.judge(progress, agreed, norm)
         if verdict is Verdict.UPDATE:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -115,7 +122,7 @@ def train(run: Training, progress: Progress) -> Progress:
             progress, improved = _validated(run, run.validation, progress)
         if wish.save or wish.stop or improved or is_last or progress.stopped_early:
             progress = _saved(run, progress)
-    return progress
+    return _ended(run, progress)
 
 
 def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float, elapsed_s: float) -> None:
@@ -135,6 +142,12 @@ def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, no
 
 def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
     """Put back the last checkpoint that was due, and leave out the batches since. All ranks call it at once."""
+    progress = _settled(run, progress)
+    if not progress.anchor:
+        raise RunFailed(
+            f"training stopped at step {progress.step}: loss {loss:g}, and the checkpoint to go back to could not be "
+            f"written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+        )
     found = run.checkpoints.opened(progress.anchor)
     progress = run.guard.rolled_back(progress, found.state.progress, loss)
     restore(found, run.model, run.optimizer, run.average)
@@ -163,7 +176,9 @@ def _validated(run: Training, validation: Validation, progress: Progress) -> tup
 
 
 def _saved(run: Training, progress: Progress) -> Progress:
-    """Progress after writing a checkpoint of this step. All ranks call it at once."""
+    """Progress after a copy for the checkpoint of this step was made; it is written while training goes on. All ranks
+    call it at once."""
+    progress = _settled(run, progress)
     if run.plan.checkpoint_every_steps and progress.step % run.plan.checkpoint_every_steps == 0:
         progress = msgspec.structs.replace(progress, anchor=run.checkpoints.name_of(progress.step))
     run.checkpoints.save(
@@ -177,4 +192,38 @@ def _saved(run: Training, progress: Progress) -> Progress:
             optimizer=settings_of(run.optimizer),
         ),
     )
+    run.log.write("checkpoint", step=progress.step, stall_s=run.checkpoints.stalled_s())
     return progress
+
+
+def _settled(run: Training, progress: Progress) -> Progress:
+    """Progress once the checkpoint in flight, if there is one, is whole, or else without it. All ranks call it at once.
+
+    Raises:
+        RunFailed: It could not be written, and neither could the one before.
+    """
+    ended = run.checkpoints.settle()
+    if ended is None:
+        return progress
+    if ended.waited_s > _LONG_WAIT_S:
+        text = f"waited {ended.waited_s:.1f} s for the checkpoint of step {ended.step:,}"
+        run.log.write("note", step=progress.step, text=text)
+    if not ended.error:
+        return progress
+    run.event("checkpoint failed", checkpoint=ended.name, reason=ended.error)
+    left = f"the last whole one is {run.checkpoints.written}" if run.checkpoints.written else "there is none before it"
+    text = f"the checkpoint of step {ended.step:,} can't be written: {ended.error}; {left}"
+    if ended.in_a_row > 1:
+        raise RunFailed(f"{text}. {ended.in_a_row} in a row failed: make room or mend the storage, and run this again")
+    run.log.write("note", step=progress.step, text=f"{text}; going on")
+    return progress.without(ended.name, ended.kept)
+
+
+def _ended(run: Training, progress: Progress) -> Progress:
+    """Progress when the last checkpoint is whole; what could not be written is tried once more."""
+    settled = _settled(run, progress)
+    if run.checkpoints.again():
+        settled = _settled(run, progress)
+    if stalled_s := run.checkpoints.stalled_s():
+        run.log.write("checkpoint", step=progress.step, stall_s=stalled_s)
+    return settled

@@ -18,6 +18,8 @@ class Wish(NamedTuple):
 
     save: bool = False
     stop: bool = False
+    settle: bool = False
+    """The checkpoint that was being written has ended, well or not."""
 
 
 class Agreed(NamedTuple):
@@ -91,8 +93,8 @@ def agree(
         wish: This rank's.
     """
     finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-    own = torch.tensor([wish.save, wish.stop, digest], dtype=torch.float64, device=loss_sum.device)
+    own = torch.tensor([*wish, digest], dtype=torch.float64, device=loss_sum.device)
     facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), own])
     dist.all_reduce(facts, group=group)
-    loss, not_finite, save, stop, digest = facts.tolist()
-    return Agreed(loss / num_rows, not not_finite, Wish(bool(save), bool(stop)), int(digest))
+    loss, not_finite, *wishes, digest = facts.tolist()
+    return Agreed(loss / num_rows, not not_finite, Wish(*map(bool, wishes)), int(digest))

@@ -40,7 +40,7 @@ class Groups:
     step: dist.ProcessGroup
     """For gradients and what goes with them."""
     save: dist.ProcessGroup
-    """Gloo, for checkpoints: it works beside the other one and from the CPU."""
+    """Gloo, for the threads that write checkpoints (`saving`); for others only while none is being written."""
     division: Division
     parts: dist.ProcessGroup | None
     """The ranks of this copy of the model; None where each rank has a whole one."""

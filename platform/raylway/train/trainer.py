@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -16,19 +15,20 @@ from typing import Any, Protocol
 
 import msgspec
 
+from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
+from raylway.runs import journal
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
+from raylway.runs.stop import StopWord
 from raylway.train import failures, worker
 from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 60.0
-_SCRATCH = ".ray-train"
-"""Ray Train's own folder, in the run's: it wants one that every node sees. Nothing of value is ever in it."""
 
 
 class Capacity(Protocol):
@@ -153,10 +153,8 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
 
 def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
     """Run the workers in a thread, so that this one can show progress and hear Ctrl-C."""
-    from raylway.train.assemble import STOP_FILE
-
-    stop_file = run.folder / STOP_FILE
-    stop_file.unlink(missing_ok=True)
+    stop = StopWord(run.folder)
+    stop.take_back()
     fitting = _Fit(assigned, planned, run)
     follower = _Follower(run, planned, stage, reporter)
     try:
@@ -165,11 +163,11 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
             follower.look()
     except KeyboardInterrupt:
         reporter.note("stopping: a checkpoint is written first; Ctrl-C again stops at once")
-        stop_file.touch()
+        stop.give()
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
-        stop_file.unlink(missing_ok=True)
+        stop.take_back()
     return fitting.report()
 
 
@@ -179,7 +177,7 @@ class _Fit(threading.Thread):
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._scratch = run.folder / _SCRATCH
+        self._folder = run.folder
         self._value: Any = None
         self._error: BaseException | None = None
         self.ended = threading.Event()
@@ -187,7 +185,9 @@ class _Fit(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._value = self._fit()
+            # Ray Train's own folder; nothing of value is ever in it.
+            with storage.scratch(self._folder, "ray-train") as scratch:
+                self._value = self._fit(scratch)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         finally:
@@ -198,7 +198,7 @@ class _Fit(threading.Thread):
             raise RunFailed(f"Ray Train ended the run: {self._error}") from self._error
         return msgspec.convert(self._value, worker.Report)
 
-    def _fit(self) -> Any:
+    def _fit(self, scratch: Path) -> Any:
         # By their own places: to mypy `ray.train` shows the classes of the version before.
         from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -208,7 +208,6 @@ class _Fit(threading.Thread):
 
         planned = self._planned
         resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        shutil.rmtree(self._scratch, ignore_errors=True)
         trainer = TorchTrainer(
             worker.work,
             train_loop_config=self._assigned,
@@ -224,51 +223,37 @@ class _Fit(threading.Thread):
             ),
             run_config=RunConfig(
                 name=secrets.token_hex(6),
-                storage_path=str(self._scratch),
+                storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),
         )
-        try:
-            return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
-        finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
 
 
 class _Follower:
     """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
 
     def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._path: Path = run.metrics
+        self._tail = journal.Tail(run.metrics)
         self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._read = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._validation: dict[str, float] = {}
 
     def look(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._read:
-                self._read = 0
-            file.seek(self._read)
-            lines = file.read().splitlines(keepends=True)
         steps = []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
+        for line in self._tail.new():
             try:
                 found = msgspec.json.decode(line)
             except msgspec.DecodeError:
-                self._read = 0  # a resumed run has cut it back and is past this point again
+                self._tail.restart()  # a resumed run has cut it back and is past this point again
                 break
-            self._read += len(line)
             if found["kind"] == "step":
                 steps.append(found)
             elif found["kind"] == "note":
                 self._reporter.note(found["text"])
-            else:
+            elif found["kind"] == "validation":
                 self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
         if steps:
             self._show(steps[-1])
@@ -295,7 +280,7 @@ def _beginning(run: Run) -> str:
     """Said before the workers start, which takes about ten seconds."""
     from raylway.train import checkpoint
 
-    found = checkpoint.newest(run.checkpoints, {})
+    found = checkpoint.newest(run, {}, verify=False)
     return f"going on from step {found.manifest.step:,} ({found.folder.name})" if found else "starting the workers"
 
 

@@ -5,12 +5,13 @@ Torch is imported inside: the driver imports this file to name the function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs.run import Run
@@ -92,7 +93,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = (
+        Groups.create(task.plan.division),
+        Run(storage.place(task.run)),
+        Job.model_validate_json(task.job),
+    )
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
@@ -121,7 +126,7 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
     answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
-        found = checkpoint.newest(run.checkpoints, broken)
+        found = checkpoint.newest(run, broken)
         for folder, reason in broken.items():
             run.log("checkpoint skipped", checkpoint=folder, reason=reason)
         from_step = found.manifest.step if found else 0
@@ -141,8 +146,9 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
-    progress = loop.train(training, progress)
-    last = training.checkpoints.written or start.checkpoint
+    with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
+        progress = loop.train(training, progress)
+    last = training.checkpoints.written
     return Report(
         step=progress.step,
         updates=progress.updates,

@@ -1,55 +1,34 @@
-"""Files that are whole or absent: atomic writes, typed records, checksums. Local folders.
-
-Everything that Raylway keeps goes through here, so that a process killed between any two instructions never leaves a
-half-written file under its final name.
-"""
+"""Folders of this machine: files that are whole or absent, folders that appear at once, and who may write."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-import msgspec
 import xxhash
 
 from raylway.errors import UserError
 
-Record = TypeVar("Record")
 _CHUNK_BYTES = 1 << 22
-_END = b"\n}\n"
-"""Of a JSON object as it is written."""
-_SEAL = re.compile(rb',\n "checksum": "[0-9a-f]{32}"\n}\n')
-_SEAL_BYTES = 52
 _STAGING_PREFIX = ".staging-"
 _JUST_MADE_S = 60.0
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the operating system says where nothing more can be written."""
 
 
-def prepare_root(storage: str) -> Path:
-    """Create the storage folder and prove that it can be written; return it absolute.
+def require_writable(root: Path) -> None:
+    """Create a folder and prove that it can be written.
 
     Raises:
-        UserError: The folder is a bucket address, is a file, or can't be written.
+        UserError: It is a file, or can't be written.
     """
-    if "://" in storage:
-        raise UserError(
-            "storage must be a folder",
-            where="storage",
-            expected="a path without ://",
-            found=storage,
-            fix="name a folder that every node of the cluster sees, such as /shared/runs",
-        )
-    root = Path(os.path.expanduser(storage)).absolute()  # noqa: PTH111 - takes the name of no user too
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_STAGING_PREFIX}{secrets.token_hex(6)}"
@@ -57,7 +36,6 @@ def prepare_root(storage: str) -> Path:
         probe.unlink()
     except (OSError, ValueError) as error:  # the latter for a name with a NUL
         raise _unwritable("storage", f"{root}: {getattr(error, 'strerror', None) or error}") from None
-    return root
 
 
 @contextmanager
@@ -70,7 +48,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         raise _unwritable(str(folder), os.strerror(error.errno)) from None
 
@@ -98,46 +76,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def write_record(path: Path, record: object) -> None:
-    """Write a msgspec record (or plain JSON value) as indented JSON, atomically."""
-    write_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-
-
-def write_sealed(path: Path, record: object) -> None:
-    """As `write_record`, of a JSON object; its last key is a checksum of all else, by which `read_record` finds any
-    damage."""
-    content = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
-    write_bytes(path, content.removesuffix(_END) + _seal(content))
-
-
-def _seal(content: bytes) -> bytes:
-    return b',\n "checksum": "%s"' % xxhash.xxh3_128_hexdigest(content).encode() + _END
-
-
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read what `write_record` or `write_sealed` wrote.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UserError: The file is not a record of this kind.
-    """
-    content = path.read_bytes()
-    if _SEAL.fullmatch(seal := content[-_SEAL_BYTES:]):
-        content = content[:-_SEAL_BYTES] + _END
-    try:
-        if _SEAL.fullmatch(seal) and seal != _seal(content):
-            raise msgspec.DecodeError("other contents than those of its checksum")
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the file is damaged or of another version",
-            where=str(path),
-            expected=f"a {kind.__name__} record",
-            found=str(error),
-            fix="remove the folder that holds it and run the job again",
-        ) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -205,3 +143,9 @@ def _remove_abandoned(parent: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def discard(path: Path, scratch: Path) -> None:
+    """Remove a file or folder at once; whoever reads it goes on. `scratch` is a folder of the same file system."""
+    with scratch_folder(scratch, path.name) as folder, suppress(FileNotFoundError):
+        path.rename(folder / path.name)
