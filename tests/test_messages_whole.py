@@ -160,7 +160,10 @@ COMMANDS: list[tuple[tuple[str, ...], list[str]]] = [
         ["storage: the storage folder can't be written", "rows.csv"],
     ),
     (("prepare", "job.yaml", "--set", 'storage="a\\0b"'), ["the storage folder can't be written", "null"]),
-    (("prepare", "job.yaml", "--set", "storage=http://b/c"), ["storage: it must be a folder or a bucket", "http://b/c"]),
+    (
+        ("prepare", "job.yaml", "--set", "storage=http://b/c"),
+        ["storage: it must be a folder or a bucket", "http://b/c"],
+    ),
     (
         ("predict", "run", "less.csv"),
         ["less.csv: the file lacks the column 'colour'", "rename 'color' to 'colour'"],

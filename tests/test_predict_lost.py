@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,6 +30,7 @@ from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
 from raylway.predict.alone import alone
 from raylway.predict.output import output_of
+from raylway.runs import hold
 from raylway.runs.run import Run
 from tests.test_predict import predict, rows, trained, typed
 
@@ -66,6 +69,52 @@ def test_of_two_predictions_into_one_place_the_later_one_is_refused(
         for folder in (tmp_path / "alone", tmp_path / "both")
     )
     assert found == expected and len(found) > 1
+
+
+@pytest.mark.parametrize(("place", "whole"), [("answers.csv", [""]), ("answers/", ["_SUCCESS", "part-00000.parquet"])])
+def test_of_two_predictions_into_one_place_of_a_bucket_the_later_one_is_refused(
+    run: Run, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, place: str, whole: list[str]
+) -> None:
+    monkeypatch.setattr(hold, "RENEW_EVERY_S", 0.3)
+    for name, count in (("first", 20), ("second", 30)):
+        rows(count, 9).to_csv(tmp_path / f"{name}.csv", index=False)
+    address, real, refused = bucket.address(f"both-{place}"), predicting.commit, list[str]()
+
+    def slow(*given: Any) -> None:
+        with pytest.raises(UserError, match="another prediction writes there") as caught:
+            predict(run, tmp_path / "second.csv", address)
+        refused.append(str(caught.value))
+        real(*given)
+
+    monkeypatch.setattr(predicting, "commit", slow)
+    assert predict(run, tmp_path / "first.csv", address).answered == 20
+    assert len(refused) == 1 and f"process {os.getpid()} on " in refused[0]
+    with pytest.raises(UserError, match="is there already"):
+        predict(run, tmp_path / "second.csv", address)
+    left = bucket.files.get_file_info(pafs.FileSelector("rows", recursive=True))
+    names = sorted(each.path for each in left if each.is_file and each.path.startswith(f"rows/both-{place}"))
+    assert names == [f"rows/both-{place}{name}" for name in whole]
+
+
+def test_of_two_that_both_believe_that_a_bucket_is_theirs_one_gives_way(
+    run: Run, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its lease just after this one has looked."""
+    rows(20, 9).to_csv(tmp_path / "new.csv", index=False)
+    address = bucket.address("believed/")
+
+    class Late(predicting.Answerer):
+        def answer(self, item: Any) -> predicting.Done:
+            bucket.write("believed.lease.json", json.dumps(msgspec.to_builtins(other)).encode())
+            return super().answer(item)
+
+    other = hold.Lease("another", "host", 1, 0)
+    monkeypatch.setattr(predicting, "Answerer", Late)
+    with pytest.raises(UserError, match="another prediction writes there"):
+        predict(run, tmp_path / "new.csv", address)
+    left = bucket.files.get_file_info(pafs.FileSelector("rows", recursive=True))
+    assert not [each.path for each in left if each.path.startswith("rows/believed/")]
+    bucket.files.delete_file("rows/believed.lease.json")
 
 
 def test_many_predictions_into_one_place_end_with_the_answers_of_one(run: Run, tmp_path: Path) -> None:

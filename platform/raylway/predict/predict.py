@@ -98,7 +98,7 @@ def predict(loaded: LoadedJob, bundle: Place, source: str, output: Output, repor
     refuse_taken(output)
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
-    with _scratch(output, bundle) as scratch:
+    with _scratch(output, bundle) as scratch, alone(output) as check:
         asked = Asked(str(bundle), opened.files, opened.how, output, str(scratch))
         with nullcontext() if is_small else _connected(loaded, reporter):
             todo = opened.items(is_cut=not is_small)
@@ -108,6 +108,7 @@ def predict(loaded: LoadedJob, bundle: Place, source: str, output: Output, repor
         parts = [(_part(scratch, each.index), each.answered) for each in done]
         rejects = [_rejects(scratch, each.index) for each in done]
         first = list(_first(rejects))
+        check()
         commit(output, schema(signature), Parts(scratch, parts, rejects), sys.stdout.buffer)
     return Prediction(sum(each.answered for each in done), sum(each.rejected for each in done), first)
 
@@ -218,8 +219,6 @@ def _scratch(output: Output, bundle: Place) -> Iterator[Path]:
         try:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")
             folder = stack.enter_context(storage.scratch_folder(parent, name))
-            if is_local:
-                stack.enter_context(alone(output))
         except OSError as error:
             raise unwritable(output.place or str(parent), error) from None
         yield folder
