@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raylway.errors import RunFailed, UserError
 from raylway.storage import Place
@@ -47,12 +47,12 @@ def scaling(planned: Plan) -> ScalingConfig:
     )
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """Ray's, with our scaling policy where the number of workers may change.
 
     Args:
         run_folder: Where the policy and the group leave word for each other.
-        given: For `TorchTrainer`.
+        given: For Ray's.
     """
 
     def __init__(self, run_folder: Place, *given: Any, **named: Any) -> None:
