@@ -15,7 +15,7 @@ import ranks
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from user_models import FOLDER
 
 from raylway.errors import UserError
@@ -177,8 +177,8 @@ def test_ray_calls_what_the_policy_answers() -> None:
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
         assert f"self._scaling_policy.{name}(" in re.sub(r"\s+", "", controller)
     assert '"before_controller_execute_resize_decision", decision' in controller
-    assert "self._initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
-    assert "scaling_policy=" in inspect.getsource(TorchTrainer.fit)
+    assert "self._initialize_and_run_controller(" in inspect.getsource(DataParallelTrainer.fit)
+    assert "scaling_policy=" in inspect.getsource(DataParallelTrainer.fit)
     assert issubclass(elastic.AskingPolicy, ControllerCallback)
 
 

@@ -4,7 +4,7 @@ Ray Train counts the workers that there is room for. It starts as many, after a 
 when a machine is lost. While a group is healthy it looks again now and then, and would end it at once to start another;
 ours asks the group to leave by itself (`resizing`), so that no step is lost.
 
-Ray's classes are internal; tests hold what is used of them.
+Ray's classes are internal; tests hold what is used of them. Without torch, for the controller imports this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raylway.errors import RunFailed, UserError
 from raylway.storage import Place
@@ -47,12 +47,12 @@ def scaling(planned: Plan) -> ScalingConfig:
     )
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """Ray's, with our scaling policy where the number of workers may change.
 
     Args:
         run_folder: Where the policy and the group leave word for each other.
-        given: For `TorchTrainer`.
+        given: For Ray's.
     """
 
     def __init__(self, run_folder: Place, *given: Any, **named: Any) -> None:

@@ -216,7 +216,7 @@ class _Fit(threading.Thread):
             self._folder,
             worker.work,
             train_loop_config=self._assigned,
-            torch_config=TorchConfig(
+            backend_config=TorchConfig(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=TIMEOUT_S,
