@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import ranks
+from ray._private.state import state
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
@@ -151,7 +152,7 @@ class Policy(elastic.AskingPolicy):
         return decision.num_workers if isinstance(decision, ResizeDecision) else None
 
 
-def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
+def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = elastic.scaling(plan(job(), "classification", 1_000, 10, 4, 1, 0))
     assert (config.min_workers, config.max_workers) == (2, 6)
     config.elastic_resize_monitor_interval_s = 0.0
@@ -163,6 +164,12 @@ def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
         assert asked.exists() == expected, (nodes, workers)
         policy.before_controller_execute_resize_decision(None)  # whatever comes, a start follows
         assert not asked.exists()
+
+    # Node 3 is about to be taken away: nothing is started there, and who is there has notice.
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: {"3": 0})
+    policy.nodes = 4
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    assert policy.look(4) is None and asked.exists()
 
     # A folder that can't be written is no reason to end a run.
     lost = Policy(config, tmp_path / "lost")
