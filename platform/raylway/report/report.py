@@ -17,8 +17,9 @@ from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
 from raylway.features import dates
 from raylway.features.prepared import SPLITS, Manifest, Prepared
-from raylway.report import figures, sparks, words
+from raylway.report import figures, sparks, speed, words
 from raylway.report.charts import Figure
+from raylway.runs import pace, starts
 from raylway.runs.run import STAGES, Run, RunRecord
 from raylway.storage import Place
 
@@ -27,6 +28,7 @@ _MOST_CLASSES = 20
 _MOST_LISTED = 50
 _MOST_QUARANTINED = 20
 _MOST_WRONG = 10
+_MOST_STARTS = 6
 _AFTER_PREPARE = STAGES[1:-1]
 """What can be unfinished: the prepared data is there, and this page is the last stage."""
 
@@ -41,6 +43,7 @@ def write(run: Run, prepared: Prepared) -> Place:
     record, manifest = run.record, prepared.manifest
     evaluation = storage.read_record(run.evaluation, Evaluation) if run.evaluation.exists() else None
     training = record.stages["train"].facts if "train" in record.stages else {}
+    history, events = figures.History(run.metrics), list(pace.lines(run.events))
     page = (
         _environment()
         .get_template("report.html")
@@ -58,7 +61,11 @@ def write(run: Run, prepared: Prepared) -> Place:
             columns=_columns(prepared),
             quarantined=list(islice(_quarantined(prepared.folder / "quarantine" / "rows.jsonl"), _MOST_QUARANTINED)),
             training={**training, **training.get("plan", {})},
-            learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
+            learning=figures.learning(history, training.get("best_step")),
+            speed=speed.charts(history),
+            spent=speed.facts(history, events),
+            starts=_starts(events),
+            not_compiled=sorted({line["reason"] for line in events if line["event"] == "not compiled"}),
             answers=_answers(run, evaluation),
             worst=_worst(run, evaluation),
             clock=_clock(record),
@@ -66,6 +73,14 @@ def write(run: Run, prepared: Prepared) -> Place:
     )
     storage.write_bytes(run.report, page.encode("utf-8", "replace"))
     return run.report
+
+
+def _starts(events: list[pace.Line]) -> dict[str, Any]:
+    """The stages of the newest starts, an attempt a column."""
+    found = starts.starts(events)[-_MOST_STARTS:]
+    names = [name for name in starts.STAGES.values() if any(name in start.stages for start in found)]
+    rows = [(name, [start.stages.get(name) for start in found]) for name in names]
+    return {"attempts": [start.attempt for start in found], "rows": rows, "total": [start.total_s for start in found]}
 
 
 def _environment() -> jinja2.Environment:
