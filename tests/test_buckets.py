@@ -317,7 +317,7 @@ def test_a_job_in_a_bucket_from_raw_rows_to_answers(
     monkeypatch.chdir(folder)
     with storage.here(run.predictions) as path:
         answers = {row["row_id"]: row for row in pq.read_table(path).to_pylist()}
-    assert len(answers) == run.record.stages["evaluate"].facts.get("rows", len(answers)) > 50
+    assert len(answers) > 50
     predicted = pd.read_csv(io.StringIO(command("predict", "latest", "rows.csv", "--storage", root, code=1)))
     assert len(predicted) == 402
     both = predicted[predicted["row_id"].isin(answers)]
@@ -327,12 +327,13 @@ def test_a_job_in_a_bucket_from_raw_rows_to_answers(
     row = next(iter(answers.values()))
     shown = json.loads(command("show", run.folder, "--row", row["row_id"], "--storage", root, "--json"))
     assert (shown["side"], shown["prediction"]["prediction"]) == ("test", row["prediction"])
-    assert "1 rows in quarantine; 1 duplicates" in command("quarantine", "made", "--storage", root)
+    assert "1 rows in quarantine; 2 duplicates" in command("quarantine", "made", "--storage", root)
     assert "no input has drifted" in command("drift", "latest", "rows.csv", "--storage", root)
     assert "finished" in command("runs", "--storage", root)
     assert command("report", "latest", "--storage", root).strip() == str(run.report)
-    again = raylway("run", "job.yaml", "--set", f"storage={root}", folder=folder)
-    assert "finished; nothing to do" in again.stderr and everything(root).keys() == found.keys()
+    before = everything(root)
+    assert f"serve {run.folder}" in command("run", "job.yaml", "--set", f"storage={root}")
+    assert everything(root) == before
 
 
 @pytest.mark.long
