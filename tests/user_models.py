@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Watched(Net):
         if self.training and torch.is_grad_enabled():
             self._passes += 1
             self._act(_rank())
+            if Path(self._acts.get("slow", "")).is_file():
+                time.sleep(0.1)
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
                     seen = {"rows": numeric[:, 0].tolist(), "draw": torch.rand(1, dtype=torch.float64).item()}
@@ -92,6 +95,8 @@ class Watched(Net):
                 return
             marker.write_text(str(os.getpid()))
         match acts["act"]:
+            case "mark":
+                pass
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
@@ -106,12 +111,13 @@ def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 KiB;
-        a checkpoint is larger.
+    act: `kill`, `raise`, `fault`; `mark`, no more than the file of `once`; or `full`: from here on this process can
+        write no file of more than 64 KiB; a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
+    slow: As long as there is this file, each pass takes a tenth of a second.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)

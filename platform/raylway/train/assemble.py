@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.resizing import ResizeWord
 from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish
 from raylway.train.strategy import Groups
@@ -47,7 +49,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     # Rank 0 has just compared its contents (`worker`).
     found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
-    plan = _with_microbatch(task.plan, state)
+    plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(storage.place(task.prepared))
@@ -73,6 +75,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     progress = _with_whole(run, state.progress) if state else Progress()
     log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -89,7 +92,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         validation=validation,
         checkpoints=checkpoints,
         log=log,
-        wish=Wishes(plan, StopWord(run.folder), checkpoints) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, words, checkpoints) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
     return assembled, progress
@@ -136,19 +139,19 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop: The word to stop.
+        words: Each of them is the word to stop.
         checkpoints: Of this attempt.
     """
 
-    def __init__(self, plan: Plan, stop: StopWord, checkpoints: Checkpoints) -> None:
-        self._plan, self._stop, self._checkpoints = plan, stop, checkpoints
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints) -> None:
+        self._plan, self._words, self._checkpoints = plan, words, checkpoints
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=self._stop.is_given(),
+            stop=any(word.is_given() for word in self._words),
             settle=self._checkpoints.has_ended,
         )
 

@@ -24,7 +24,7 @@ from raylway.runs import journal
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
-from raylway.train import failures, worker
+from raylway.train import failures, resizing, worker
 from raylway.train.feed import balanced
 from raylway.train.plan import Plan, plan
 
@@ -62,6 +62,8 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     """When and where, if the job guards against spikes of the loss."""
     balance: str | None = None
     """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
+    resized: str | None = None
+    """Each change of the number of workers, over all commands."""
 
 
 def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, reporter: Reporter) -> TrainOutcome:
@@ -105,6 +107,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             plan=planned,
             rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
+            resized="; ".join(resizing.history(run)) or None,
         )
         stage.finish(_summary(outcome, loaded))
     return outcome
@@ -121,7 +124,7 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
         len(manifest.transform.category_counts),
         capacity.gpus,
     )
-    capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)
+    capacity.refuse_impossible(planned.needed_workers, planned.cpus_per_worker, planned.gpus_per_worker)
     return planned
 
 
@@ -203,14 +206,14 @@ class _Fit(threading.Thread):
     def _fit(self, scratch: Path) -> Any:
         # By their own places: to mypy `ray.train` shows the classes of the version before.
         from ray.train.torch import TorchConfig
-        from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.torch.torch_trainer import TorchTrainer
+        from ray.train.v2.api.config import FailureConfig, RunConfig
 
+        from raylway.train import elastic
         from raylway.train.strategy import TIMEOUT_S
 
         planned = self._planned
-        resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        trainer = TorchTrainer(
+        trainer = elastic.Trainer(
+            self._folder,
             worker.work,
             train_loop_config=self._assigned,
             torch_config=TorchConfig(
@@ -218,11 +221,7 @@ class _Fit(threading.Thread):
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=TIMEOUT_S,
             ),
-            scaling_config=ScalingConfig(
-                num_workers=planned.workers,
-                use_gpu=planned.gpus_per_worker > 0,
-                resources_per_worker={name: amount for name, amount in resources.items() if amount},
-            ),
+            scaling_config=elastic.scaling(planned),
             run_config=RunConfig(
                 name=secrets.token_hex(6),
                 storage_path=str(scratch),
@@ -273,7 +272,7 @@ def _sentence(planned: Plan) -> str:
     size = max(planned.gpus_per_worker, planned.cpus_per_worker if each == "CPU" else 0)
     return (
         f"training: {planned.total_steps:,} steps ({planned.epochs:.4g} epochs) of {planned.global_batch:,} rows, "
-        f"{planned.workers} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
+        f"{planned.group} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
         f"{planned.accumulation}, {planned.precision}"
     )
 
