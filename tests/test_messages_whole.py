@@ -157,7 +157,7 @@ COMMANDS: list[tuple[tuple[str, ...], list[str]]] = [
         ["storage: the storage folder can't be written", "rows.csv"],
     ),
     (("prepare", "job.yaml", "--set", 'storage="a\\0b"'), ["the storage folder can't be written", "null"]),
-    (("prepare", "job.yaml", "--set", "storage=s3://b/c"), ["storage: storage must be a folder", "s3://b/c"]),
+    (("prepare", "job.yaml", "--set", "storage=ftp://b/c"), ["storage: it must be a folder or a bucket", "ftp://b/c"]),
     (
         ("predict", "run", "less.csv"),
         ["less.csv: the file lacks the column 'colour'", "rename 'color' to 'colour'"],
