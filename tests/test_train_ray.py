@@ -21,6 +21,7 @@ from user_models import FOLDER
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob
 from raylway.launch.capacity import Capacity, Node
+from raylway.runs import starts as starting
 from raylway.runs.progress import Reporter
 from raylway.train import trainer
 
@@ -76,6 +77,10 @@ def test_a_worker_killed_mid_epoch_changes_no_bit(
     starts = [event for event in events if event["event"] == "attempt started"]
     assert [(start["from_step"], start["workers"]) for start in starts] == [(0, 2), (12, 2)]
     assert outcome.resized is None
+    first, second = starting.starts(events)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert list(first.stages) == list(starting.STAGES.values())
+    assert list(second.stages) == list(starting.STAGES.values())[1:]  # the controller stays
     assert not (broken.run.folder / ".ray-train").exists()
 
     # Finished: a second start makes no step.

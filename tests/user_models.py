@@ -82,6 +82,8 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if acts.get("act") == "sleep" and rank == acts["rank"]:
+            time.sleep(acts["seconds"])
         if self._passes == acts.get("until") and rank == acts.get("rank", rank):
             for thread in threading.enumerate():
                 if thread.name == "checkpoint":
@@ -111,8 +113,8 @@ def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`; `mark`, no more than the file of `once`; or `full`: from here on this process can
-        write no file of more than 64 KiB; a checkpoint is larger.
+    act: `kill`, `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`, no more than the file of `once`; or
+        `full`: from here on this process can write no file of more than 64 KiB; a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
@@ -167,3 +169,29 @@ def raising(num_numeric: int, category_counts: list[int], num_outputs: int) -> n
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class Branching(Net):
+    """Looks at a value of a tensor in its forward pass, on one rank or on all: no graph can hold that."""
+
+    def __init__(self, width: int, outputs: int, rank: int | None) -> None:
+        super().__init__(width, outputs)
+        self._rank = rank
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self._rank in (None, _rank()) and self.out.bias.sum().item() > 1e9:
+            raise OverflowError
+        return super().forward(numeric, categorical)
+
+
+def branching(num_numeric: int, category_counts: list[int], num_outputs: int, rank: int | None) -> nn.Module:
+    return Branching(num_numeric, num_outputs, rank)
+
+
+def without_compiler(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    """`net`, in a process in which torch finds no C++ compiler, and no graphs of earlier ones."""
+    import torch._inductor.config as settings
+
+    settings.cpp.cxx = ("/nowhere/g++",)
+    settings.force_disable_caches = True
+    return net(num_numeric, category_counts, num_outputs)

@@ -67,7 +67,7 @@ class Findings:
         found, job = self.plan, self.loaded.job.train
         size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
         room = ", as many as there is room for" if found.fewest_workers else ""
-        yield f"workers     {found.group} with {size} each{room}, {found.precision}"
+        yield f"workers     {found.group} with {size} each{room}, {found.precision}{', compiled' * found.compile}"
         yield f"parallel    {found.division}"
         sharing = f"groups of {found.division.sharers}" if found.division.sharers > 1 else "workers"
         among = f"{found.group} workers x at most" if found.fewest_workers else f"{found.data_ranks} {sharing} x"

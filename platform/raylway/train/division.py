@@ -121,6 +121,13 @@ def _refuse_misfits(job: Job, found: Division) -> None:
             found=f"{found.parts} with model.kind {model.kind}",
             fix="leave train.parallel out: workers then train copies of the whole model",
         )
+    if model.compile:
+        raise UserError(
+            "only whole copies of a model can be compiled",
+            where="model.compile",
+            expected="false beside train.parallel",
+            found=f"true with {found.kind} {found.parts}",
+        )
     if job.train.precision == "fp16":
         raise UserError(
             "fp16 with its loss scaling is for whole models only",

@@ -69,6 +69,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every_s: float | None
     """One of the two is set."""
     division: Division = Division()
+    compile: bool = False
+    """Microbatches then have one shape: short ones are filled up with rows that count nothing."""
     fewest_workers: int | None = None
     """With so many it starts and goes on; None when their number is fixed."""
 
@@ -157,6 +159,7 @@ def plan(
         checkpoint_every_steps=None if every.is_time else max(1, every.in_steps(steps_per_epoch)),
         checkpoint_every_s=every.seconds if every.is_time else None,
         division=divided,
+        compile=job.model.compile,
         fewest_workers=fewest,
     )
 

@@ -6,7 +6,6 @@ Ray Train restarts the group after a fault of a machine; all else about checkpoi
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
 import time
@@ -20,12 +19,13 @@ from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
-from raylway.runs import journal
+from raylway.runs import starts
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
 from raylway.train import failures, resizing, worker
 from raylway.train.feed import balanced
+from raylway.train.follow import Follower
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
@@ -160,7 +160,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
     stop = StopWord(run.folder)
     stop.take_back()
     fitting = _Fit(assigned, planned, run)
-    follower = _Follower(run, planned, stage, reporter)
+    follower = Follower(run, planned, stage, reporter)
     try:
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
@@ -177,12 +177,12 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
 
 
 class _Fit(threading.Thread):
-    """`TorchTrainer.fit`; in the main thread it would take over Ctrl-C and exit with 0."""
+    """`fit` of Ray Train; in the main thread it would take over Ctrl-C and exit with 0."""
 
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._folder = run.folder
+        self._run = run
         self._value: Any = None
         self._error: BaseException | None = None
         self.ended = threading.Event()
@@ -191,7 +191,7 @@ class _Fit(threading.Thread):
     def run(self) -> None:
         try:
             # Ray Train's own folder; nothing of value is ever in it.
-            with storage.scratch(self._folder, "ray-train") as scratch:
+            with storage.scratch(self._run.folder, "ray-train") as scratch:
                 self._value = self._fit(scratch)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
@@ -204,19 +204,20 @@ class _Fit(threading.Thread):
         return msgspec.convert(self._value, worker.Report)
 
     def _fit(self, scratch: Path) -> Any:
-        # By their own places: to mypy `ray.train` shows the classes of the version before.
-        from ray.train.torch import TorchConfig
+        # By its own place: to mypy `ray.train` shows the classes of the version before.
         from ray.train.v2.api.config import FailureConfig, RunConfig
 
         from raylway.train import elastic
+        from raylway.train.group import Group
+        from raylway.train.milestones import Milestones
         from raylway.train.strategy import TIMEOUT_S
 
         planned = self._planned
         trainer = elastic.Trainer(
-            self._folder,
+            self._run.folder,
             worker.work,
             train_loop_config=self._assigned,
-            torch_config=TorchConfig(
+            backend_config=Group(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=TIMEOUT_S,
@@ -227,44 +228,13 @@ class _Fit(threading.Thread):
                 storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Milestones(str(self._run.folder))],  # type: ignore[list-item]  # it takes internal ones too
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),
         )
-        return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
-
-
-class _Follower:
-    """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
-
-    def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._tail = journal.Tail(run.metrics)
-        self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._validation: dict[str, float] = {}
-
-    def look(self) -> None:
-        steps = []
-        for line in self._tail.new():
-            try:
-                found = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                self._tail.restart()  # a resumed run has cut it back and is past this point again
-                break
-            if found["kind"] == "step":
-                steps.append(found)
-            elif found["kind"] == "note":
-                self._reporter.note(found["text"])
-            elif found["kind"] == "validation":
-                self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
-        if steps:
-            self._show(steps[-1])
-
-    def _show(self, step: dict[str, Any]) -> None:
-        loss = step["loss"] if step["loss"] is not None else math.nan
-        figures = {"loss": loss, "lr": step["lr"], "rows/s": round(step["rows_per_s"]), **self._validation}
-        if step["skipped"]:
-            figures["skipped"] = step["skipped"]
-        self._stage.update(step["step"], self._planned.total_steps, "steps", **figures)
+        self._run.log(starts.FIT)
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # likewise
 
 
 def _sentence(planned: Plan) -> str:

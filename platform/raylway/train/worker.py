@@ -14,6 +14,7 @@ import msgspec
 from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import starts
 from raylway.runs.run import Run
 from raylway.train import failures, resizing
 from raylway.train.failures import Failure
@@ -150,6 +151,7 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
+    training.event(starts.ASSEMBLED)
     is_elastic = task.plan.fewest_workers is not None
     if is_elastic and groups.rank == 0:
         training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
