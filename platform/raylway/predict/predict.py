@@ -27,6 +27,7 @@ from raylway.bundle.predictor import Predictor
 from raylway.data import engine, inputs
 from raylway.data.csv_read import Reject
 from raylway.data.items import Item
+from raylway.errors import UserError
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
 from raylway.predict.alone import alone
