@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from raylway.bundle.rows import InvalidRows
+from raylway.bundle.mistakes import InvalidRows
 
 TITLES = {
-    400: "The body is not JSON",
+    400: "The body can't be read",
     404: "There is nothing at this path",
     405: "This path takes another method",
     413: "The body is too large",

@@ -88,6 +88,46 @@ def test_both_forms_of_a_request(client: httpx.Client, fruit: Path) -> None:
     assert [set(row) for row in answer["probabilities"]] == [{"no", "yes"}] * 2
 
 
+def test_rows_with_the_names_that_their_client_gives_them(client: httpx.Client) -> None:
+    answer = client.post("/predict", json={"rows": [GOOD, GOOD | {"length": 6}], "ids": ["a/17", 18]})
+    assert strict(answer)["ids"] == ["a/17", 18]
+    assert strict(answer)["predictions"] == ["yes", "no"]
+    refused = client.post("/predict", json={"rows": [GOOD], "ids": ["a", "b"]})
+    assert (refused.status_code, strict(refused)["detail"][:18]) == (422, "expected a list of")
+
+
+def test_the_forms_of_other_servers(client: httpx.Client) -> None:
+    """What they may hold is in test_serve_forms; here that their paths, headers and bytes reach the application."""
+    right = strict(client.post("/predict", json={"rows": [GOOD]}))
+    csv = client.post("/invocations", content="length,width,colour\n12.5,2,red\n", headers={"Content-Type": "text/csv"})
+    assert strict(csv) == right
+    tensors = [
+        {"name": "length", "shape": [1], "datatype": "FP64", "parameters": {"binary_data_size": 8}},
+        {"name": "width", "shape": [1], "datatype": "FP64", "data": [2.0]},
+        {"name": "colour", "shape": [1], "datatype": "BYTES", "data": ["red"]},
+    ]
+    head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+    answer = client.post(
+        "/v2/models/fruit/infer",
+        content=head + np.array([12.5]).tobytes(),
+        headers={"Inference-Header-Content-Length": str(len(head))},
+    )
+    described = json.loads(answer.content[: int(answer.headers["inference-header-content-length"])])
+    assert described["outputs"][1]["parameters"] == {"binary_data_size": 8}
+    assert answer.content[-8:] == np.array(list(right["probabilities"][0].values()), np.float32).tobytes()
+    assert answer.headers["content-type"] == "application/octet-stream"
+    for path in (
+        "/ping",
+        "/health",
+        "/version",
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models/fruit/ready",
+    ):
+        assert client.get(path).status_code == 200
+
+
 def test_the_served_bits_are_the_predictors(client: httpx.Client, fruit: Path) -> None:
     rng = np.random.default_rng(9)
     columns = {
@@ -255,8 +295,12 @@ def test_the_openapi_document(client: httpx.Client, fruit: Path) -> None:
     assert document["openapi"] == "3.1.0"
     assert document["info"]["version"] == contents.load(fruit).record.version
     for path, methods in document["paths"].items():
-        for method in methods:
-            assert client.request(method, path, json={"rows": []}).status_code == 200
+        for method, operation in methods.items():
+            bodies = (
+                operation["requestBody"]["content"]["application/json"]["examples"] if method == "post" else {"": {}}
+            )
+            for body in bodies.values():
+                assert client.request(method, path, json=body.get("value")).status_code == 200
     resolved = json.loads(json.dumps(document["components"]).replace("#/components/", "#/"))
 
     def valid(name: str, value: Any) -> bool:
