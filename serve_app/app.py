@@ -16,7 +16,10 @@ from ray.serve.schema import LoggingConfig
 from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
+from serve_app import exports
+from serve_app import keys as api_keys
 from serve_app.service import Service
+from serve_app.watch import Watch
 
 DEFAULTS = {"min_replicas": 1, "max_replicas": 4, "max_batch": 64}
 MAX_ONGOING_REQUESTS = 2048
@@ -39,11 +42,17 @@ LOOK_BACK_S = 11.0
 class Model:
     """One replica."""
 
-    def __init__(self, bundle: str, max_batch: int) -> None:
+    def __init__(self, bundle: str, max_batch: int, keys: str | None) -> None:
         torch.set_num_threads(1)  # as every forward pass of the predictor needs it; replicas scale, not threads
         predictor = Predictor(contents.load(Path(bundle)))
         examples.check(predictor)
-        self._service = Service(predictor, max_batch)
+        self._service = Service(
+            predictor,
+            max_batch,
+            api_keys.read(Path(keys) if keys else None),
+            Watch(predictor.bundle.record, exports.access_log()),
+            exports.metrics,
+        )
 
     def __serve_build_asgi_app__(self) -> Service:
         return self._service
@@ -53,19 +62,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one bundle; checks its arguments and touches nothing, since Ray may call it on any node.
 
     Args:
-        args: `bundle`, the folder, which every node that may hold a replica must see; and, as numbers or their text,
-            `min_replicas`, `max_replicas` and `max_batch` (rows in one pass through the model).
+        args: `bundle`, the folder, and `keys`, the file of the API keys (`serve_app.keys`) if not everybody may ask;
+            every node that may hold a replica must see both. As numbers or their text `min_replicas`, `max_replicas`
+            and `max_batch` (rows in one pass through the model).
 
     Raises:
         UserError: An argument is missing, unknown or out of range.
     """
-    known = {"bundle", *DEFAULTS}
+    known = {"bundle", "keys", *DEFAULTS}
     unknown = sorted(args.keys() - known)
     if unknown or not args.get("bundle"):
         raise UserError(
             f"no such argument: {', '.join(unknown)}" if unknown else "an argument is missing: bundle",
             where="serve_app.app:build",
-            expected="bundle=FOLDER, and if you like min_replicas=1 max_replicas=4 max_batch=64",
+            expected="bundle=FOLDER, and if you like keys=FILE min_replicas=1 max_replicas=4 max_batch=64",
             found=", ".join(map(str, args)) or "none",
         )
     numbers = {name: _count(name, args.get(name, default)) for name, default in DEFAULTS.items()}
@@ -77,7 +87,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     scaled: serve.Deployment = Model.options(  # type: ignore[attr-defined] # the decorator has made it a Deployment
         autoscaling_config=_autoscaling(low, high, max_batch)
     )
-    return scaled.bind(str(Path(args["bundle"]).absolute()), max_batch)
+    keys = args.get("keys")
+    return scaled.bind(str(Path(args["bundle"]).absolute()), max_batch, str(Path(keys).absolute()) if keys else None)
 
 
 def _autoscaling(low: int, high: int, max_batch: int) -> AutoscalingConfig:

@@ -14,6 +14,13 @@ from serve_app.tensors import Tensors
 
 Schema = dict[str, Any]
 _JSON = "application/json"
+_PATIENCE = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 300_000, "default": 30_000},
+    "description": "how long the client waits",
+}
+_PROBLEMS = (400, 401, 408, 413, 415, 422, 429, 500, 503)
 _MOST_CATEGORIES = 50
 """Named in the description of a feature; `GET /signature` and the bundle have them all."""
 
@@ -80,7 +87,11 @@ def document(model: Model, tensors: Tensors, max_body_bytes: int) -> dict[str, A
             "description": f"Predicts `{record.signature.target}`; served by Raylway {__version__}.",
         },
         "paths": paths,
-        "components": {"schemas": schemas(record.signature, bundle)},
+        "components": {
+            "schemas": schemas(record.signature, bundle),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
     }
 
 
@@ -96,10 +107,11 @@ def _operation(
             "summary": summary,
             "description": description,
             "operationId": name,
+            "parameters": [_PATIENCE],
             "requestBody": {"required": True, "content": {_JSON: content}},
             "responses": {
                 "200": answered,
-                **{str(status): _problem(status) for status in (400, 413, 415, 422, 500, 503)},
+                **{str(status): _problem(status) for status in _PROBLEMS},
             },
         }
     }
@@ -174,7 +186,7 @@ def _problem(status: int) -> dict[str, Any]:
         "description": TITLES[status],
         "content": {"application/problem+json": {"schema": _ref("Problem")}},
     }
-    if status == 503:
+    if status in (429, 503):
         response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return response
 

@@ -7,29 +7,43 @@ Whatever is wrong with it is found before it meets other requests.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from raylway import __version__
 from raylway.bundle.mistakes import InvalidRows
 from raylway.bundle.predictor import NotFinite, Predictor
-from raylway.bundle.rows import NotJson
+from raylway.bundle.rows import NotJson, Rows
 from serve_app import openapi
 from serve_app.batching import Batcher, Overloaded
 from serve_app.forms import JSON, Form, Headers, Model, Plain, Reply, unreadable
 from serve_app.invocations import Invocations
+from serve_app.keys import Keys
 from serve_app.problems import HttpProblem, busy, unprocessable
 from serve_app.tensors import Tensors
+from serve_app.watch import Note, Watch
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 MAX_BODY_BYTES = 16 << 20
+PATIENCE_S = 30.0
+"""A request without its answer by then gets none; its client has most likely gone."""
+MOST_PATIENCE_MS = 300_000
 RETRY_AFTER_S = 1
+_LONGEST = 200
+"""Characters of a client's own text in an answer or the log."""
+_OPEN = {"/", "/docs", "/healthz", "/readyz", "/ping", "/health", "/v2/health/live", "/v2/health/ready"}
+"""Paths that need no key: they say nothing of the model, and whoever watches the process has none."""
+_SAFE = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+"""Headers of every answer."""
 _LOGGER = logging.getLogger("ray.serve")
 
 
@@ -39,11 +53,23 @@ class Service:
     Args:
         predictor: The model.
         max_batch: Most rows in one pass through it.
+        keys: Who may ask; everybody if None.
+        watch: Who is told of every request.
+        metrics: Gives what `GET /metrics` answers, if there is such a path.
     """
 
-    def __init__(self, predictor: Predictor, max_batch: int) -> None:
-        self._predictor = predictor
-        self._batcher = Batcher(predictor.outputs, max_batch)
+    def __init__(
+        self,
+        predictor: Predictor,
+        max_batch: int,
+        keys: Keys | None = None,
+        watch: Watch | None = None,
+        metrics: Callable[[], bytes] | None = None,
+    ) -> None:
+        self._predictor, self._keys, self._metrics = predictor, keys, metrics
+        self._watch = watch or Watch(predictor.bundle.record)
+        self._batcher = Batcher(self._outputs, max_batch)
+        self._watch.waiting = self._batcher.waiting
         model = Model(predictor)
         tensors = Tensors(model)
         self._forms: dict[str, Form] = {
@@ -60,7 +86,7 @@ class Service:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await _lifespan(receive, send, self._watch.close)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
@@ -68,22 +94,29 @@ class Service:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        headers = dict(scope["headers"])
+        note = Note(scope["method"], path[:_LONGEST], headers.get(b"x-request-id", b"").decode("latin-1")[:_LONGEST])
         try:
-            status, reply = 200, await self._reply(path, scope, receive)
+            reply = await self._reply(path, scope["method"], headers, receive, note)
+            note.status = 200
         except HttpProblem as problem:
-            status, reply = problem.status, _as_reply(problem, path)
+            note.status, reply = problem.status, _as_reply(problem, path)
+        finally:
+            self._watch.ended(note)
+        note.sent = len(reply.body)
         length = str(len(reply.body)).encode()
-        fields = [(b"content-type", reply.media_type), (b"content-length", length), *reply.headers]
-        await send({"type": "http.response.start", "status": status, "headers": fields})
+        fields = [(b"content-type", reply.media_type), (b"content-length", length), *_SAFE, *reply.headers]
+        await send({"type": "http.response.start", "status": note.status, "headers": fields})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})
 
-    async def _reply(self, path: str, scope: Scope, receive: Receive) -> Reply:
-        method = scope["method"]
+    async def _reply(self, path: str, method: str, headers: Headers, receive: Receive, note: Note) -> Reply:
+        if self._keys and path not in _OPEN:
+            note.key = self._keys.admit(headers)
         if form := self._forms.get(path):
             _allow(method, "POST")
-            headers = dict(scope["headers"])
+            note.form = form.name
             _check_headers(headers, form)
-            return await self._answer(form, await _body(receive), headers)
+            return await self._in_time(form, receive, headers, note)
         if page := self._pages.get(path):
             _allow(method, "GET", "HEAD")
             return page
@@ -93,15 +126,33 @@ class Service:
             if self._batcher.full:
                 raise busy("the queue is full", RETRY_AFTER_S)
             return ready
-        raise HttpProblem(404, f"{path[:200]} is not here; POST /predict answers rows, and /docs shows how")
+        if path == "/metrics" and self._metrics:
+            _allow(method, "GET", "HEAD")
+            return Reply(await asyncio.to_thread(self._metrics), b"text/plain; version=0.0.4; charset=utf-8")
+        raise HttpProblem(404, f"{path[:_LONGEST]} is not here; POST /predict answers rows, and /docs shows how")
 
-    async def _answer(self, form: Form, body: bytes, headers: Headers) -> Reply:
+    async def _in_time(self, form: Form, receive: Receive, headers: Headers, note: Note) -> Reply:
+        patience_s = _patience_s(headers)
+        body = None
+        try:
+            async with asyncio.timeout(patience_s):
+                body = await _body(receive)
+                note.received = len(body)
+                return await self._answer(form, body, headers, note)
+        except TimeoutError:
+            if body is None:
+                raise HttpProblem(408, f"the body was not here within {patience_s:g} s") from None
+            raise busy(f"no answer within {patience_s:g} s", RETRY_AFTER_S) from None
+
+    async def _answer(self, form: Form, body: bytes, headers: Headers, note: Note) -> Reply:
         try:
             asked = form.read(body, headers)
+            note.rows = len(asked.rows)
             # in a thread: a function of the user's may take its time
             derives = self._predictor.bundle.record.transform.derive
             if derives and (problems := await asyncio.to_thread(self._predictor.problems, asked.rows)):
                 raise InvalidRows(problems)
+            self._watch.asked(asked.rows)
             return asked.reply(await self._batcher.submit(asked.rows))
         except HttpProblem:
             raise
@@ -118,10 +169,14 @@ class Service:
             _LOGGER.exception("the model failed")
             raise HttpProblem(500, f"the model raised {type(error).__name__}") from None
 
+    def _outputs(self, rows: Rows) -> np.ndarray:
+        self._watch.computed(len(rows))
+        return self._predictor.outputs(rows)
+
 
 def _pages(model: Model, tensors: Tensors) -> dict[str, Reply]:
     """What is answered to GET, by path, whatever the state of the queue."""
-    page = Reply(Path(__file__).with_name("docs.html").read_bytes(), b"text/html; charset=utf-8")
+    page = _page(Path(__file__).with_name("docs.html").read_bytes())
     signature = {"model": model.card, **msgspec.structs.asdict(model.signature)}
     alive = Reply(b'{"status":"ok"}')
     return {
@@ -134,9 +189,21 @@ def _pages(model: Model, tensors: Tensors) -> dict[str, Reply]:
     }
 
 
+def _page(html: bytes) -> Reply:
+    """A page that may run its own script, and load from and send to this server alone."""
+    script = html.partition(b"<script>")[2].partition(b"</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    fields = ((b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer"))
+    return Reply(html, b"text/html; charset=utf-8", fields)
+
+
 def _as_reply(problem: HttpProblem, path: str) -> Reply:
     # clients of the Open Inference Protocol look for the sentence under "error"
-    body = problem.body | {"error": problem.body["detail"]} if path.startswith("/v2/") else problem.body
+    body = problem.body | {"error": problem.body["detail"]} if path.startswith("/v2") else problem.body
     return Reply(msgspec.json.encode(body), b"application/problem+json", problem.headers)
 
 
@@ -151,13 +218,24 @@ def _check_headers(headers: Headers, form: Form) -> None:
     media_type = headers.get(b"content-type", JSON).partition(b";")[0].strip().lower()
     if media_type != JSON and not media_type.endswith(b"+json") and media_type not in form.media_types:
         allowed = b" or ".join((JSON, *form.media_types)).decode()
-        found = media_type.decode("latin-1")[:200]
+        found = media_type.decode("latin-1")[:_LONGEST]
         raise HttpProblem(415, f"expected the header Content-Type: {allowed}; found {found}")
     if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
-        raise HttpProblem(415, f"expected a body without content coding; found {coding.decode('latin-1')[:200]}")
+        raise HttpProblem(415, f"expected a body without content coding; found {coding.decode('latin-1')[:_LONGEST]}")
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()
+
+
+def _patience_s(headers: Headers) -> float:
+    """How long the client waits."""
+    text = headers.get(b"x-request-timeout-ms")
+    if text is None:
+        return PATIENCE_S
+    if not text.isdigit() or not 0 < int(text[:9]) <= MOST_PATIENCE_MS:
+        found = text.decode("latin-1")[:40]
+        raise HttpProblem(400, f"expected X-Request-Timeout-Ms from 1 to {MOST_PATIENCE_MS:,}; found {found}")
+    return int(text) / 1000
 
 
 async def _body(receive: Receive) -> bytes:
@@ -178,9 +256,11 @@ def _too_large() -> HttpProblem:
     return HttpProblem(413, f"a request may hold up to {MAX_BODY_BYTES:,} bytes; send the rows in several")
 
 
-async def _lifespan(receive: Receive, send: Send) -> None:
+async def _lifespan(receive: Receive, send: Send, close: Callable[[], None]) -> None:
     while True:
         kind = (await receive())["type"]
+        if kind == "lifespan.shutdown":
+            close()
         await send({"type": f"{kind}.complete"})
         if kind == "lifespan.shutdown":
             return

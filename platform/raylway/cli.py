@@ -218,6 +218,7 @@ def serve(
     storage: Storage = Path("runs"),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without them everybody may ask.")] = None,
     json_: Json = False,
 ) -> None:
     """Serve a run's bundle over HTTP until Ctrl-C."""
@@ -226,7 +227,7 @@ def serve(
     from raylway.runs.run import find_run
 
     found = find_run(storage, run, with_bundle=True)
-    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_))
+    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_), keys)
 
 
 @app.command()
