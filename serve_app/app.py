@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
+from raylway import storage
 from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
@@ -44,7 +45,7 @@ class Model:
 
     def __init__(self, bundle: str, max_batch: int, keys: str | None) -> None:
         torch.set_num_threads(1)  # as every forward pass of the predictor needs it; replicas scale, not threads
-        predictor = Predictor(contents.load(Path(bundle)))
+        predictor = Predictor(contents.load(storage.place(bundle)))
         examples.check(predictor)
         self._service = Service(
             predictor,
@@ -62,9 +63,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one bundle; checks its arguments and touches nothing, since Ray may call it on any node.
 
     Args:
-        args: `bundle`, the folder, and `keys`, the file of the API keys (`serve_app.keys`) if not everybody may ask;
-            every node that may hold a replica must see both. As numbers or their text `min_replicas`, `max_replicas`
-            and `max_batch` (rows in one pass through the model).
+        args: `bundle`, the folder, or `s3://…` or `gs://…`, which each node fetches once; `keys`, the file of the API
+            keys (`serve_app.keys`) if not everybody may ask; and, as numbers or their text, `min_replicas`,
+            `max_replicas` and `max_batch` (rows in one pass through the model). Every node that may hold a replica must
+            see the folder and the file.
 
     Raises:
         UserError: An argument is missing, unknown or out of range.
@@ -87,8 +89,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     scaled: serve.Deployment = Model.options(  # type: ignore[attr-defined] # the decorator has made it a Deployment
         autoscaling_config=_autoscaling(low, high, max_batch)
     )
+    bundle = storage.place(args["bundle"], "serve_app.app:build, bundle")
     keys = args.get("keys")
-    return scaled.bind(str(Path(args["bundle"]).absolute()), max_batch, str(Path(keys).absolute()) if keys else None)
+    return scaled.bind(str(bundle), max_batch, str(Path(keys).absolute()) if keys else None)
 
 
 def _autoscaling(low: int, high: int, max_batch: int) -> AutoscalingConfig:

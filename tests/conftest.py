@@ -21,7 +21,15 @@ settings.register_profile("any machine", deadline=None)  # an example that waits
 settings.load_profile("any machine")
 
 
+LISTENERS = ("test_serve", "test_serve_application", "test_end_to_end", "test_cluster", "test_long")
+"""Files whose tests list or take the ports of a whole machine: one after the other."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # A file is the work of one process, which keeps what its tests share.
+        item.add_marker(pytest.mark.xdist_group("listeners" if item.path.stem in LISTENERS else item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not list(Path("/dev").glob("nvidia[0-9]*")):
         for item in marked:
@@ -69,14 +77,14 @@ def google_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stores.B
 @pytest.fixture(params=["s3_server", "google_server"])
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.Bucket]:
     """The bucket `rows` of each store in turn, named by the environment as a user would."""
-    from raylway.data import remote
+    from raylway.storage import buckets
 
     server: stores.Bucket = request.getfixturevalue(request.param)
     for name, value in server.variables.items():
         monkeypatch.setenv(name, value)
-    remote.system.cache_clear()
+    buckets.system.cache_clear()
     yield server
-    remote.system.cache_clear()
+    buckets.system.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
-from raylway.data import assessment, columns, items, opening, prepare, roles
+from raylway import storage
+from raylway.data import assessment, columns, engine, items, opening, prepare, roles
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
@@ -25,6 +27,13 @@ def job(folder: Path, data: dict[str, Any], **top: Any) -> LoadedJob:
 def prepared(folder: Path, data: dict[str, Any], **top: Any) -> Prepared:
     """Of a small source, which needs no Ray."""
     return prepare.prepare(job(folder, data, **top), folder / "runs", Reporter("lines", io.StringIO()))
+
+
+def prepare_elsewhere(folder: Path, root: str, cache: Path) -> None:
+    """The job file of a folder, prepared into a bucket as on another machine, with a cache of its own."""
+    os.environ["RAYLWAY_CACHE"] = str(cache)
+    loaded = load_job(folder / "job.yaml")
+    prepare.prepare(loaded, storage.place(root), Reporter("lines", io.StringIO()), engine.ALL)
 
 
 def read(folder: Path, step: int = 1 << 20, **data: Any) -> tuple[pa.Table, list[int], list[Any], list[str]]:

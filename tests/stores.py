@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,3 +120,28 @@ def _make_bucket(files: pa_fs.FileSystem, server: subprocess.Popen[bytes], folde
         except OSError:
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)
+
+
+def answering(port: int, content: bytes) -> None:
+    """Answer a HEAD and a GET of one object as S3 does, on a port of this machine, and end."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"made"')
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(content)
+            answered.set()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    answered = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert answered.wait(60)
+        server.shutdown()

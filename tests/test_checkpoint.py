@@ -16,7 +16,7 @@ from raylway.errors import RunFailed
 from raylway.train import checkpoint
 
 TRAIN = {"for": "6 steps", "global_batch": 8, "checkpoint": {"every": "1 steps", "keep": 3}}
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
+SHARD = "rank-00000.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "state.json": change_the_state,
     "not finished": lambda folder: (folder / "manifest.json").unlink(),
     "damaged or of another version": cut_the_manifest,
-    "reads format 1": raise_the_format,
+    "reads format 2": raise_the_format,
     "bytes, found no file": lambda folder: (folder / "state.json").unlink(),
 }
 
@@ -76,10 +76,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("words", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_passed_over(case: ranks.Case, words: str) -> None:
     last = case.run.checkpoints / "step-00000006-a001"
-    assert checkpoint.newest(case.run.checkpoints, {}).folder == last
+    assert checkpoint.newest(case.run, {}).folder == last
     DAMAGE[words](last)
     broken: dict[str, str] = {}
-    found = checkpoint.newest(case.run.checkpoints, broken)
+    found = checkpoint.newest(case.run, broken)
     assert found is not None
     assert found.manifest.step == 5
     assert list(broken) == [last.name]
@@ -93,10 +93,12 @@ def test_a_run_goes_on_from_the_one_before_and_removes_what_is_broken(case: rank
     flip_a_bit(folder / "step-00000006-a001")
     (folder / "step-00000009-a001").mkdir()  # a dead attempt's, without its manifest
     (folder / ".step-00000009-a001-r0").mkdir()
+    begun = folder / ".staging-step-00000007-a002-r1"  # a peer is ahead of rank 0, which tidies up
+    begun.mkdir()
     report = ranks.done(case)
     assert report.last_checkpoint == "step-00000006-a002"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        {f"step-{step:08d}-a001" for step in (4, 5)} | {"step-00000006-a002", report.best_checkpoint}
+        {f"step-{step:08d}-a001" for step in (4, 5)} | {"step-00000006-a002", report.best_checkpoint, begun.name}
     )
     for name, value in trained.weights("step-00000006-a001").items():
         np.testing.assert_array_equal(case.weights("step-00000006-a002")[name], value)
@@ -117,8 +119,8 @@ def test_a_file_that_the_manifest_does_not_name_is_never_read(case: ranks.Case) 
     last = case.run.checkpoints / "step-00000006-a001"
     before = checkpoint.load_model(last)
     stale = {name: np.full_like(value, 7.0) for name, value in load_file(last / SHARD).items()}
-    for number in (0, 2):
-        save_file(stale, last / f"shard-0000{number}-model-00001-of-00001.safetensors")
+    for number in (1, 2):
+        save_file(stale, last / f"rank-0000{number}.safetensors")
     after = checkpoint.load_model(last)
     assert all((after[name] == value).all() for name, value in before.items())
 

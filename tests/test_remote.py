@@ -19,6 +19,7 @@ from stores import KEY, SECRET, Bucket, free_ports
 from raylway.data import csv_read, remote, sources
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob, load_job
+from raylway.storage import buckets
 
 
 def frame(rows: int, start: int = 0) -> pd.DataFrame:
@@ -166,7 +167,7 @@ def test_wrong_credentials_of_google(
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
-    monkeypatch.setattr(remote, "_TIMEOUT_S", 2)
+    monkeypatch.setattr(buckets, "_TIMEOUT_S", 2)
     names = {"AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
     with store_named(monkeypatch, {**names, "STORAGE_EMULATOR_HOST": address}):
         told = refusal(tmp_path, f"{scheme}://rows/odd")
@@ -178,11 +179,11 @@ def test_a_store_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monkey
 def store_named(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Iterator[None]:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    remote.system.cache_clear()
+    buckets.system.cache_clear()
     try:
         yield
     finally:
-        remote.system.cache_clear()
+        buckets.system.cache_clear()
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(bucket: Bucket, tmp_path: Path) -> None:

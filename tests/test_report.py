@@ -85,6 +85,7 @@ def log_training(run: Run, steps: int) -> None:
     run.add_prepare(2.0, 4.5)
     with run.stage("train") as facts:
         facts.update(best_step=steps, best_checkpoint=f"step-{steps:08d}-a001", plan={"global_batch": 4_096})
+        facts["resized"] = "from 1 to 2 workers at step 3"
 
 
 def log_evaluation(run: Run, prepared: Prepared, seed: int = 3) -> Evaluation:
@@ -158,6 +159,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.Monk
         assert f" {name} " in text
     assert "The bundle holds the weights of step 50" in text
     assert "global batch 4,096" in text
+    assert "The group of workers was resized from 1 to 2 workers at step 3." in text
     assert "Unfinished" not in text
 
 

@@ -138,7 +138,7 @@ def test_killed_anywhere_it_goes_back_to_the_same_place_and_ends_with_the_same_b
         started = ranks.Ranks([broken.assignment(workers)], workers, folder)
         started.results()
         assert [process.exitcode for process in started.processes] == [-signal.SIGKILL] * workers
-        left = newest(broken.run.checkpoints, {})
+        left = newest(broken.run, {})
         assert left is not None
         begun_from.append(left.manifest.step)
         report = ranks.done(broken, workers)
@@ -168,7 +168,7 @@ def test_or_it_stops_before_the_weights_are_touched(tmp_path: Path, workers: int
         assert f"training stopped at step {first}: loss " in report.failure.text[0]
         assert "a spike, above" in report.failure.text[0]
     assert len(stopping.steps()) == first - 1
-    left = newest(stopping.run.checkpoints, {})
+    left = newest(stopping.run, {})
     assert left is not None
     assert left.manifest.step == first - 1
 
@@ -238,7 +238,7 @@ def test_a_spike_is_a_loss_beyond_so_many_deviations(losses: list[float], loss: 
         return
     progress = Progress(step=20, losses=losses, anchor="step-00000020-a001")
     found = guard(then="rollback", deviations=deviations).judge(
-        progress, Agreed(loss, True, Wish(), 0), torch.tensor(1.0)
+        progress, Agreed(loss, True, Wish(), 0, np.zeros((1, 2))), torch.tensor(1.0)
     )
     assert found is (Verdict.ROLL_BACK if loss > limit else Verdict.UPDATE)
 

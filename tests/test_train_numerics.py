@@ -91,7 +91,7 @@ def test_elsewhere_an_infinite_gradient_is_reported_and_not_applied(tmp_path: Pa
     assert "step 3: loss" in report.failure.text[0]
     assert "gradient norm" in report.failure.text[0]
     assert [step["step"] for step in case.steps()] == [1, 2]
-    found = newest(case.run.checkpoints, {})
+    found = newest(case.run, {})
     assert found is not None
     assert found.manifest.step == 2
 
@@ -132,7 +132,7 @@ def test_a_diverging_run_stops_on_all_ranks_and_keeps_finite_weights(tmp_path: P
 
 
 def test_weights_that_overflow_from_a_finite_gradient_are_seen() -> None:
-    from raylway.train.checkpoint import not_finite
+    from raylway.train.saving import not_finite
 
     assert not not_finite({"model.weight": torch.ones(3), "optim.weight.exp_avg": torch.tensor([math.inf])})
     assert not_finite({"model.bias": torch.ones(1), "model.weight": torch.tensor([1.0, math.inf])}) == "weight"

@@ -270,7 +270,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path: Path, way: str) -
     whole, broken = (ranks.Case(tmp_path / name, prepared, train, model) for name in ("whole", "broken"))
     last = ranks.done(whole, 2).last_checkpoint
     started = ranks.Ranks([broken.assignment(2)], 2, tmp_path)
-    while checkpoint.newest(broken.run.checkpoints, {}) is None:
+    while checkpoint.newest(broken.run, {}) is None:
         time.sleep(0.001)
     os.kill(started.processes[1].pid, signal.SIGKILL)
     (peer,), killed = started.results()

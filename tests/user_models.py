@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +65,15 @@ class Watched(Net):
     def __init__(self, width: int, outputs: int, dropout: float, acts: dict[str, Any]) -> None:
         super().__init__(width, outputs, dropout)
         self._acts, self._passes = acts, 0
+        for index in range(2 if acts.get("act") == "full" else 0):  # for each of two ranks one to write
+            self.register_buffer(f"ballast_{index}", torch.zeros(1 << 14, dtype=torch.float64))
 
     def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             self._passes += 1
             self._act(_rank())
+            if Path(self._acts.get("slow", "")).is_file():
+                time.sleep(0.1)
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
                     seen = {"rows": numeric[:, 0].tolist(), "draw": torch.rand(1, dtype=torch.float64).item()}
@@ -75,6 +82,13 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if acts.get("act") == "sleep" and rank == acts["rank"]:
+            time.sleep(acts["seconds"])
+        if self._passes == acts.get("until") and rank == acts.get("rank", rank):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
         if "once" in acts:
@@ -83,22 +97,29 @@ class Watched(Net):
                 return
             marker.write_text(str(os.getpid()))
         match acts["act"]:
+            case "mark":
+                pass
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise` or `fault`.
+    act: `kill`, `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`, no more than the file of `once`; or
+        `full`: from here on this process can write no file of more than 64 KiB; a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
+    until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
+    slow: As long as there is this file, each pass takes a tenth of a second.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
@@ -148,3 +169,29 @@ def raising(num_numeric: int, category_counts: list[int], num_outputs: int) -> n
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class Branching(Net):
+    """Looks at a value of a tensor in its forward pass, on one rank or on all: no graph can hold that."""
+
+    def __init__(self, width: int, outputs: int, rank: int | None) -> None:
+        super().__init__(width, outputs)
+        self._rank = rank
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self._rank in (None, _rank()) and self.out.bias.sum().item() > 1e9:
+            raise OverflowError
+        return super().forward(numeric, categorical)
+
+
+def branching(num_numeric: int, category_counts: list[int], num_outputs: int, rank: int | None) -> nn.Module:
+    return Branching(num_numeric, num_outputs, rank)
+
+
+def without_compiler(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    """`net`, in a process in which torch finds no C++ compiler, and no graphs of earlier ones."""
+    import torch._inductor.config as settings
+
+    settings.cpp.cxx = ("/nowhere/g++",)
+    settings.force_disable_caches = True
+    return net(num_numeric, category_counts, num_outputs)

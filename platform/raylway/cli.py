@@ -33,7 +33,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.optimizer.lr=0.01.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Progress and result as JSON, one object a line.")]
-Storage = Annotated[Path, typer.Option("--storage", metavar="FOLDER", help="Where runs are looked for.")]
+Storage = Annotated[
+    str, typer.Option("--storage", metavar="PLACE", help="Where runs are looked for: a folder, or s3://bucket/path.")
+]
 
 
 @app.command()
@@ -94,13 +96,14 @@ def verify_resume(
 
 
 @app.command()
-def report(run: RunName, storage: Storage = Path("runs")) -> None:
+def report(run: RunName, storage: Storage = "runs") -> None:
     """Write a run's report.html anew and print where it is."""
     from raylway.features.prepared import MANIFEST, Prepared
     from raylway.report.report import write
     from raylway.runs.run import PREPARED, find_run
+    from raylway.storage import existing_root
 
-    found = find_run(storage, run)
+    found = find_run(existing_root(storage), run)
     folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
     if not (folder / MANIFEST).exists():
         raise UserError(
@@ -114,11 +117,12 @@ def report(run: RunName, storage: Storage = Path("runs")) -> None:
 
 
 @app.command()
-def runs(storage: Storage = Path("runs"), json_: Json = False) -> None:
+def runs(storage: Storage = "runs", json_: Json = False) -> None:
     """List the runs, the oldest first."""
     from raylway.runs.run import all_runs, summary
+    from raylway.storage import existing_root
 
-    found_runs = all_runs(storage)
+    found_runs = all_runs(existing_root(storage))
     if not found_runs:
         print(f"no runs below {storage}; --storage names another folder", file=sys.stderr)
     for found in found_runs:
@@ -137,7 +141,7 @@ def predict(
     format_: Annotated[
         str | None, typer.Option("--format", help="Write a folder of parts: csv, jsonl or parquet.")
     ] = None,
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
     """Answer every row of a source with a run's model; prints CSV unless --output names a place."""
@@ -145,9 +149,10 @@ def predict(
     from raylway.predict.output import output_of
     from raylway.predict.predict import predict as answer
     from raylway.runs.run import find_run
+    from raylway.storage import existing_root
 
     place = output_of(output, format_)
-    found = find_run(storage, run, with_bundle=True)
+    found = find_run(existing_root(storage), run, with_bundle=True)
     done = answer(load_job(found.job), found.bundle, source, place, _reporter(json_))
     if output is not None:
         print(f"{done.answered:,} rows answered: {output}", file=sys.stderr)
@@ -163,7 +168,7 @@ def predict(
 def drift(
     run: RunName,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="New rows: whatever data.source takes.")],
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
     """Compare a source with the rows that a run's model was trained on; exits 1 past the stated limits."""
@@ -172,8 +177,9 @@ def drift(
     from raylway.data.drift import drift as compare
     from raylway.job.load import load_job
     from raylway.runs.run import find_run
+    from raylway.storage import existing_root
 
-    of_run = find_run(storage, run, with_bundle=True)
+    of_run = find_run(existing_root(storage), run, with_bundle=True)
     found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
     print(_as_json(found) if json_ else as_text(found))
     if found.drifted:
@@ -184,7 +190,7 @@ def drift(
 def quarantine(
     run: RunName,
     limit: Annotated[int, typer.Option(min=0, help="List so many rows of each kind; all are counted.")] = 20,
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
     """Count and list the rows that were set aside, with file, line, column, reason and cell; RUN may be a job file."""
@@ -199,7 +205,7 @@ def quarantine(
 def show(
     run: RunName,
     row: Annotated[str, typer.Option("--row", metavar="ID", help="A row id, or file:line.")],
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
     """Follow one row: its record in the source, what became of it, its encoded values, and its prediction."""
@@ -215,7 +221,7 @@ def show(
 @app.command()
 def serve(
     run: RunName,
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without them everybody may ask.")] = None,
@@ -225,8 +231,9 @@ def serve(
     from raylway.job.load import load_job
     from raylway.launch import serving
     from raylway.runs.run import find_run
+    from raylway.storage import existing_root
 
-    found = find_run(storage, run, with_bundle=True)
+    found = find_run(existing_root(storage), run, with_bundle=True)
     serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_), keys)
 
 
@@ -256,19 +263,20 @@ def _as_json(found: Any) -> str:
     return json.dumps(json.loads(msgspec.json.encode(found)))
 
 
-def _prepared_of(name: str, storage: Path) -> tuple[Any, Any, Path | None]:
+def _prepared_of(name: str, storage: str) -> tuple[Any, Any, Any]:
     """The prepared data behind a run or a job file, the job, and the run's predictions if it is a run."""
     from raylway.data.prepare import fingerprint
     from raylway.features.prepared import MANIFEST, Prepared
     from raylway.job.load import load_job
     from raylway.runs.run import PREPARED, find_run
+    from raylway.storage import existing_root
 
     predictions = None
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         loaded = load_job(Path(name), ())
-        folder = Path(loaded.job.storage) / PREPARED / fingerprint(loaded)
+        folder = existing_root(loaded.job.storage) / PREPARED / fingerprint(loaded)
     else:
-        found = find_run(storage, name)
+        found = find_run(existing_root(storage), name)
         loaded, predictions = load_job(found.job), found.predictions
         folder = found.folder.parent.parent / PREPARED / found.record.fingerprint
     if not (folder / MANIFEST).exists():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +12,11 @@ import msgspec
 from raylway import storage
 from raylway.data import engine
 from raylway.data import prepare as data_prepare
-from raylway.errors import UserError
 from raylway.job.load import LoadedJob
+from raylway.runs.hold import hold
 from raylway.runs.progress import Reporter
 from raylway.runs.run import PREPARED, STAGES, Run, run_id
+from raylway.storage import Place
 
 if TYPE_CHECKING:
     import ray
@@ -59,14 +57,15 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     ahead = () if last == "prepare" else ("torch",)
     began_at = time.monotonic()
     with start.connect(reporter, loaded.import_paths, ahead) as capacity:
-        capacity.require_shared(root)
+        if isinstance(root, Path):
+            capacity.require_shared(root)
         started_at = time.monotonic()
         here = capacity.is_one_machine and capacity.cpus <= engine.MOST_THREADS
         prepared = data_prepare.prepare(loaded, root, reporter, engine.ALL if here else None)
         if last == "prepare":
             return None
         found.create(loaded, fingerprint)
-        with _only_one(found):
+        with hold(found.folder):
             found.add_prepare(time.monotonic() - started_at, started_at - began_at)
             work = Work(loaded, found, prepared, capacity, reporter, last)
             for stage in wanted[1:]:
@@ -141,22 +140,7 @@ def _id(loaded: LoadedJob, fingerprint: str) -> str:
     return run_id(meaning.encode(), fingerprint.encode(), source(loaded.job.model.kind))
 
 
-def _is_finished(run: Run, wanted: tuple[str, ...], prepared: Path) -> bool:
+def _is_finished(run: Run, wanted: tuple[str, ...], prepared: Place) -> bool:
     if wanted == ("prepare",) or not (prepared / "manifest.json").exists() or not run.exists:
         return False
     return all(run.is_done(stage) for stage in wanted[1:])
-
-
-@contextmanager
-def _only_one(run: Run) -> Iterator[None]:
-    """Hold the run; the lock goes with the process, however it dies."""
-    with (run.folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                "this run is being worked on by another process",
-                where=str(run.folder),
-                fix="wait until it ends, or stop it and give this command again",
-            ) from None
-        yield

@@ -6,6 +6,8 @@ Both steps are atomic and may be repeated after a kill at any instant.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from raylway.features import derive
 from raylway.features.prepared import Manifest
 from raylway.models.registry import ModelSpec
 from raylway.runs.run import RunRecord
+from raylway.storage import Address, Place, buckets
 
 __all__ = ["Bundle", "load", "publish", "stage"]
 
 
-def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prepared: Manifest, run: RunRecord) -> None:
+def stage(
+    folder: Place, weights: dict[str, torch.Tensor], model: ModelSpec, prepared: Manifest, run: RunRecord
+) -> None:
     """Write a whole bundle that lacks only its metrics; whatever is in `folder` is replaced.
 
     Args:
@@ -40,8 +45,8 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
             network that the model builds.
         NotFinite: The model's answer to an ordinary row is not a finite number.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    with storage.staged_folder(folder) as made:
+    _remove(folder)
+    with _written(folder) as made:
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
         copies = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
@@ -67,7 +72,7 @@ def stage(folder: Path, weights: dict[str, torch.Tensor], model: ModelSpec, prep
         storage.write_record(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
 
 
-def publish(staged: Path, final: Path, metrics: dict[str, Any]) -> None:
+def publish(staged: Place, final: Place, metrics: dict[str, Any]) -> None:
     """Give a staged bundle its metrics and its final name; one that was published before is replaced.
 
     Args:
@@ -81,8 +86,38 @@ def publish(staged: Path, final: Path, metrics: dict[str, Any]) -> None:
     if not (staged / RECORD).exists():
         load(final)
         return
-    record = load(staged).record
-    storage.write_record(staged / RECORD, msgspec.structs.replace(record, metrics=metrics))
-    shutil.rmtree(final, ignore_errors=True)
-    staged.rename(final)
-    storage.sync_folder(final.parent)
+    bundle = load(staged)
+    record = msgspec.structs.replace(bundle.record, metrics=metrics)
+    if isinstance(staged, Path):
+        assert isinstance(final, Path)
+        storage.write_record(staged / RECORD, record)
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)
+        storage.sync_folder(final.parent)
+        return
+    assert isinstance(final, Address)
+    _remove(final)
+    for file in record.files:  # from the cache: nothing can be renamed in a bucket
+        buckets.upload(bundle.folder / file.path, final / file.path)
+    storage.write_record(final / RECORD, record)
+    _remove(staged)
+
+
+@contextmanager
+def _written(folder: Place) -> Iterator[Path]:
+    """A folder of this machine to write a bundle into, which is then at its place; its record goes last."""
+    if isinstance(folder, Path):
+        with storage.staged_folder(folder) as made:
+            yield made
+        return
+    with storage.scratch(folder.parent, folder.name) as made:
+        yield made
+        for file in contents.listed(made):
+            storage.move(made / file.path, folder / file.path)
+        storage.move(made / RECORD, folder / RECORD)
+
+
+def _remove(folder: Place) -> None:
+    """Without its record it is no bundle, so that goes first."""
+    storage.remove(folder / RECORD)
+    storage.remove(folder)

@@ -24,6 +24,7 @@ from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
 from raylway.models.registry import ModelSpec
+from raylway.storage import Address, Place, buckets, cache
 
 if TYPE_CHECKING:
     import torch
@@ -96,22 +97,21 @@ class Bundle:
         return folder if folder.is_dir() else None
 
 
-def load(folder: Path) -> Bundle:
+def load(folder: Place) -> Bundle:
     """Open a bundle and compare every file with its recorded size and checksum; reads the weights once for that.
+
+    Of a bucket it is fetched first, once for all processes of this machine, and the folder is that of the copy.
 
     Raises:
         UserError: There is no whole bundle, a file is missing or damaged, or the format is another.
     """
+    if isinstance(folder, Address):
+        folder = _fetched(folder)
     path = folder / RECORD
     try:
         record = msgspec.json.decode(path.read_bytes(), type=_Versioned)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            "there is no whole bundle here",
-            where=str(folder),
-            expected=f"a folder with {RECORD}, which is written last",
-            fix="name the bundle folder of a run that has finished; raylway run JOB finishes one",
-        ) from None
+        raise _nothing(folder) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, "a JSON record with its format", str(error)) from None
     if record.format != FORMAT:
@@ -148,6 +148,45 @@ class _Versioned(msgspec.Struct):
     format: int
 
 
+class _Listed(msgspec.Struct):
+    files: list[File]
+
+
+def _fetched(address: Address) -> Path:
+    """The copy of a bundle in this machine's cache."""
+    try:
+        content = (address / RECORD).read_bytes()
+    except FileNotFoundError:
+        raise _nothing(address) from None
+
+    def bring(folder: Path) -> None:
+        for file in named:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                buckets.download(address / file.path, folder / file.path)
+            except FileNotFoundError:
+                raise _damaged(address / file.path, f"a file of {file.bytes:,} bytes", "no file") from None
+            if (found := storage.checksum(folder / file.path)) != file.checksum:
+                raise _damaged(address / file.path, f"checksum {file.checksum}", f"checksum {found}")
+        (folder / RECORD).write_bytes(content)
+
+    try:
+        named = msgspec.json.decode(content, type=_Listed).files
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(address / RECORD, "a JSON record with its files", str(error)) from None
+    size = sum(file.bytes for file in named)
+    return cache.fetched_folder(f"bundle-{xxhash.xxh3_128_hexdigest(content)}", size, bring)
+
+
+def _nothing(place: Place) -> UserError:
+    return UserError(
+        "there is no whole bundle here",
+        where=str(place),
+        expected=f"a folder with {RECORD}, which is written last",
+        fix="name the bundle folder of a run that has finished; raylway run JOB finishes one",
+    )
+
+
 def _verify(path: Path, file: File) -> None:
     if not path.is_file():
         raise _damaged(path, f"a file of {file.bytes:,} bytes", "no file")
@@ -157,7 +196,7 @@ def _verify(path: Path, file: File) -> None:
         raise _damaged(path, f"checksum {file.checksum}", f"checksum {found}")
 
 
-def _damaged(path: Path, expected: str, found: str) -> UserError:
+def _damaged(path: Place, expected: str, found: str) -> UserError:
     return UserError(
         "the bundle is damaged",
         where=str(path),

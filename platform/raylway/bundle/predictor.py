@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from raylway.features import dates
 from raylway.features.signature import Input, Signature
 from raylway.features.transform import Encoder
 from raylway.models import registry
+from raylway.storage import Place
 
 CHUNK_ROWS = 16
 """Rows of a forward pass. Measured with the 1000-512-256-10 network on one core, milliseconds for a request of 1 row
@@ -63,8 +63,8 @@ class Predictor:
         UserError: The bundle is damaged, or the user's own model in it can't be built.
     """
 
-    def __init__(self, bundle: Bundle | Path) -> None:
-        self.bundle = contents.load(bundle) if isinstance(bundle, Path) else bundle
+    def __init__(self, bundle: Bundle | Place) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else contents.load(bundle)
         record = self.bundle.record
         self.signature: Signature = record.signature
         self._target = record.transform.target

@@ -14,11 +14,13 @@ import msgspec
 
 from raylway import storage
 from raylway.data import function, local, packed, remote
-from raylway.data.location import Format, Location, refuse_credentials, unreadable
+from raylway.data.location import Format, Location, unreadable
 from raylway.errors import UserError
 from raylway.features.prepared import SPLITS, SplitName
 from raylway.job.load import LoadedJob
 from raylway.job.schema import Files
+from raylway.storage.buckets import SCHEMES
+from raylway.storage.credentials import refuse_credentials
 
 _WHERE = "data.source"
 
@@ -112,7 +114,7 @@ def _find_one(text: str, bases: list[Path], where: str, declared: Format | None)
         return local.find_in_package(rest, text, where, declared)
     if scheme == "python":
         return [function.find(rest, text, where)]
-    if scheme in remote.SCHEMES:
+    if scheme in SCHEMES:
         return remote.find(text, where, declared)
     if scheme in ("https", "http"):
         from raylway.data import web  # urllib3 takes a tenth of a second

@@ -7,8 +7,8 @@ about: running a job again finds what it made.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,7 +21,9 @@ from raylway.data.location import Location
 from raylway.features import derive, transform
 from raylway.features.prepared import FORMAT, MANIFEST, Lineage
 from raylway.job.load import LoadedJob, located
+from raylway.storage import Place
 
+_ASKED_AT_ONCE = 16
 VERSION = 6
 """Raise it when preparation gives other bytes for the same source and job."""
 
@@ -53,7 +55,7 @@ class Start:
         return [_identity(location) for location in self.locations]
 
 
-def find(loaded: LoadedJob, folder: Path | None) -> Start:
+def find(loaded: LoadedJob, folder: Place | None) -> Start:
     """What decides the bytes of the prepared data: the source's content, the data section, task, seed and our code, and
     the prepared data that it continues.
 
@@ -95,14 +97,17 @@ def find(loaded: LoadedJob, folder: Path | None) -> Start:
     return Start(mark, section, ordered, base.fingerprint, base.lineage)
 
 
-def _known(folder: Path | None) -> list[_Known]:
-    found = []
-    for manifest in folder.glob(f"*/{MANIFEST}") if folder else ():
-        try:
-            found.append(msgspec.json.decode(manifest.read_bytes(), type=_Known))
-        except (OSError, msgspec.DecodeError):  # damaged, of another version, or removed just now
-            continue
-    return found
+def _known(folder: Place | None) -> list[_Known]:
+    there = storage.children(folder) if folder else []
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a bucket each is a request
+        return [found for found in pool.map(_known_of, there) if found is not None]
+
+
+def _known_of(prepared: Place) -> _Known | None:
+    try:
+        return msgspec.json.decode((prepared / MANIFEST).read_bytes(), type=_Known)
+    except (OSError, msgspec.DecodeError):  # damaged, of another version, not whole yet, or removed just now
+        return None
 
 
 def _in_any_order(source: Any) -> Any:

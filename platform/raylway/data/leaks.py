@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raylway import storage
 from raylway.data import engine
 from raylway.data.rowhash import mix
 from raylway.features.prepared import SPLITS, LeakTest, Shard
+from raylway.storage import Place
 
 _MOST = 1 << 20
 
@@ -35,7 +37,7 @@ class Contents:
     instant: np.ndarray | None = None
 
 
-def leak_test(folder: Path, shards: list[Shard], rows: int, parts: Sequence[Callable[[], Contents]]) -> LeakTest:
+def leak_test(folder: Place, shards: list[Shard], rows: int, parts: Sequence[Callable[[], Contents]]) -> LeakTest:
     """Look for anything that stands on two sides of the split.
 
     Args:
@@ -101,17 +103,18 @@ def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
 class _Sides:
     """The side of a row as the shards have it; of their row ids only the first and the last are held."""
 
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+    def __init__(self, folder: Place, shards: list[Shard]) -> None:
         self._parts = []
         self.rows = 0
         for shard in shards:
-            ids = _row_ids(folder / shard.file)
+            path = storage.local(folder / shard.file, shard.bytes, shard.checksum)
+            ids = _row_ids(path)
             self.rows += len(ids)
             if len(ids):
                 # ascending as they were written; the test does not rely on it
                 held = None if (ids[1:] > ids[:-1]).all() else np.sort(ids)
                 ends = (ids if held is None else held)[[0, -1]]
-                self._parts.append((SPLITS.index(shard.split) + 1, folder / shard.file, ends, held))
+                self._parts.append((SPLITS.index(shard.split) + 1, path, ends, held))
 
     def of(self, row_ids: np.ndarray) -> tuple[np.ndarray, int, int]:
         """int8 [n], 0 where no shard has the row; how many rows stand on more than one side; and how often the shards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from raylway import storage
 from raylway.data import division, items, pieces, shards
 from raylway.data.assessment import Counted, Found, counted, found_of
 from raylway.data.clean import Rules
@@ -24,6 +24,7 @@ from raylway.data.shards import Measured, To, Use, Written
 from raylway.errors import UserError
 from raylway.features.fit import Question
 from raylway.features.transform import Transform
+from raylway.storage import Place
 
 _FACTS = "facts"
 
@@ -76,8 +77,7 @@ def read(keyed: Keyed, reading: Reading, rules: Rules | None, order: Ordering, f
     Raises:
         UserError: The file is damaged, or an expression does not fit.
     """
-    place = Path(folder) / keyed.key
-    place.mkdir(parents=True, exist_ok=True)
+    place = storage.place(folder) / keyed.key
     pieces.touch(place)
     facts = pieces.read_whole(place, _FACTS, list[Facts])
     reads = int(facts is None)
@@ -97,7 +97,7 @@ def read(keyed: Keyed, reading: Reading, rules: Rules | None, order: Ordering, f
 
 def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> Counted:
     """Rows of a piece by side and class."""
-    table = pieces.read_table(Path(folder) / task.key, _rows_name(assessment, task.facts.number))
+    table = rows(storage.place(folder), task.key, task.facts.number, assessment)
     return counted(table, task.found, task.codes, divided, task.exceptions)
 
 
@@ -115,14 +115,14 @@ def write(
     return shards.write(*_with_sides(task, folder, assessment, divided), use, transform, to)
 
 
-def rejects(folder: Path, key: str, number: int, assessment: str) -> list[Reject]:
+def rejects(folder: Place, key: str, number: int, assessment: str) -> list[Reject]:
     """The invalid rows of a piece."""
     return msgspec.msgpack.decode((folder / key / f"{assessment}-{number}.rejects").read_bytes(), type=list[Reject])
 
 
-def rows(folder: Path, key: str, number: int, assessment: str) -> pa.Table:
+def rows(folder: Place, key: str, number: int, assessment: str) -> pa.Table:
     """The usable rows of a piece in order (`ordering.ordered`), memory-mapped."""
-    return pieces.read_table(folder / key, _rows_name(assessment, number))
+    return pieces.read_table(folder / key, _rows_name(assessment, number), assessment)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Tables(Sequence[pa.Table]):
         places: Key and number of each piece.
     """
 
-    folder: Path
+    folder: Place
     assessment: str
     places: list[tuple[str, int]]
 
@@ -152,7 +152,7 @@ def assessment_of(rules: Rules, order: Ordering) -> str:
     return f"rules-{xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode([pieces.VERSION, rules, order]))[:16]}"
 
 
-def _found(place: Path, facts: list[Facts], rules: Rules, order: Ordering, must_fit: bool) -> list[Found]:
+def _found(place: Place, facts: list[Facts], rules: Rules, order: Ordering, must_fit: bool) -> list[Found]:
     assessment = assessment_of(rules, order)
     found = pieces.read_whole(place, assessment, list[Found])
     if found is None:
@@ -179,13 +179,13 @@ def _rows_name(assessment: str, number: int) -> str:
 
 def _with_sides(task: PieceTask, folder: str, assessment: str, divided: Division) -> tuple[Piece, np.ndarray]:
     """A piece, and the side of each of its rows: int8 (`split`)."""
-    place = Path(folder) / task.key
-    table = pieces.read_table(place, _rows_name(assessment, task.facts.number))
+    place = storage.place(folder) / task.key
+    table = pieces.read_table(place, _rows_name(assessment, task.facts.number), assessment)
     sides = np.zeros(task.facts.rows, np.int8)
     own = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
     sides[table["position"].to_numpy()] = own
     return _opened(place, task.facts), sides
 
 
-def _opened(place: Path, facts: Facts) -> Piece:
-    return Piece(pieces.read_table(place, f"{facts.number}.arrow"), facts)
+def _opened(place: Place, facts: Facts) -> Piece:
+    return Piece(pieces.read_table(place, f"{facts.number}.arrow", _FACTS), facts)

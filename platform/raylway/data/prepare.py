@@ -65,21 +65,22 @@ from raylway.features.transform import Transform
 from raylway.job.load import LoadedJob, located
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import PREPARED
+from raylway.storage import Place
 
 Done = TypeVar("Done", Measured, Written)
 
 
-def fingerprint(loaded: LoadedJob, root: Path | None = None) -> str:
+def fingerprint(loaded: LoadedJob, root: Place | None = None) -> str:
     """The name of a job's prepared data (`generations`), in the storage folder `root` if it is given."""
     return generations.find(loaded, root / PREPARED if root else None).fingerprint
 
 
-def prepare(loaded: LoadedJob, root: Path, reporter: Reporter, few: int | None = None) -> Prepared:
+def prepare(loaded: LoadedJob, root: Place, reporter: Reporter, few: int | None = None) -> Prepared:
     """The prepared data of a job; made only if it is not there already. Ray must be initialised.
 
     Args:
         loaded: The job.
-        root: The storage folder, seen by every node.
+        root: The storage folder or bucket, seen by every node.
         reporter: Where progress, the row account and the decisions go.
         few: At most so many tasks of a pass are done in this process (`engine.run`).
 
@@ -95,9 +96,10 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter, few: int | None =
             return prepared
         with ExitStack() as stack:
             stack.enter_context(located(loaded))
-            stack.enter_context(storage.writing(root))
+            if isinstance(root, Path):
+                stack.enter_context(storage.writing(root))
             kept = stack.enter_context(pieces.in_use(folder.parent))
-            staged = stack.enter_context(storage.staged_folder(folder))
+            staged = stack.enter_context(storage.made(folder))
             manifest, keys = _prepare(loaded, start, Work(staged, kept, reporter, stage, few))
         pieces.sweep(folder.parent, spent=[] if start.may_grow else keys)
         stage.finish(_account(manifest))
@@ -108,9 +110,9 @@ def prepare(loaded: LoadedJob, root: Path, reporter: Reporter, few: int | None =
 class Work:
     """One preparation under way."""
 
-    folder: Path
+    folder: Place
     """Where the prepared data is written."""
-    kept: Path
+    kept: Place
     """Of all pieces."""
     reporter: Reporter
     stage: Stage
@@ -185,7 +187,7 @@ def _tell(reporter: Reporter, manifest: Manifest, found: Found) -> None:
 
 
 def _decide(
-    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Path
+    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Place
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
     each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
@@ -244,7 +246,7 @@ def _missing(found: Found, decided: Outcome) -> dict[str, float]:
     return {name: counts[name] / max(1, column.rows) for name, column in decided.described.columns.items()}
 
 
-def _contents(task: PieceTask, divided: Division, kept: Path, assessment: str) -> leaks.Contents:
+def _contents(task: PieceTask, divided: Division, kept: Place, assessment: str) -> leaks.Contents:
     """What the kept rows of a piece hold."""
     by = divided.ordering.by
     table = passes.rows(kept, task.key, task.facts.number, assessment)
@@ -284,13 +286,12 @@ def _account(manifest: Manifest) -> str:
     )
 
 
-def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessment: str, source: Source) -> None:
+def _write_quarantine(folder: Place, kept: Place, tasks: list[PieceTask], assessment: str, source: Source) -> None:
     groups: dict[int, list[Group]] = {}
     for part in source.parts:
         if isinstance(part, Group):
             groups.setdefault(part.file, []).append(part)
-    (folder / "quarantine").mkdir()
-    with (folder / "quarantine" / "rows.jsonl").open("wb") as file:
+    with storage.written(folder / "quarantine" / "rows.jsonl") as path, path.open("wb") as file:
         for task in tasks:
             for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
                 name, line = source.places.split(reject.row_id)
@@ -303,9 +304,13 @@ def _write_quarantine(folder: Path, kept: Path, tasks: list[PieceTask], assessme
                 file.write(msgspec.json.encode(record) + b"\n")
 
 
-def _write_duplicates(folder: Path, exceptions: Exceptions) -> None:
+def _write_duplicates(folder: Place, exceptions: Exceptions) -> None:
     rows, firsts, where = exceptions.arrays()
     left_out = where < 0
     table = pa.table({"row_id": pa.array(rows[left_out]), "first_row_id": pa.array(firsts[left_out])})
-    with pa.OSFile(str(folder / DUPLICATES), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with (
+        storage.written(folder / DUPLICATES) as path,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
         writer.write_table(table)

@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -25,6 +24,7 @@ from raylway.errors import UserError
 from raylway.features.prepared import Generation
 from raylway.job.load import LoadedJob
 from raylway.runs.progress import Stage
+from raylway.storage import Place
 
 FEW_HERE = 1000
 """So many tasks that take milliseconds each are done in this process: of ranges of a file, 16 GB."""
@@ -50,7 +50,7 @@ class Found:
 
 
 def read(
-    loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Path, stage: Stage, few: int | None
+    loaded: LoadedJob, source: Source, names: Names, past: list[Generation], kept: Place, stage: Stage, few: int | None
 ) -> Found:
     """Read and assess the source, whatever of it is not on disk already.
 

@@ -1,26 +1,17 @@
-"""Files in buckets: `s3://bucket/path` and `gs://bucket/path`, a file, glob or folder, read in ranges through Arrow.
-
-Credentials come from the environment, as every client of these stores knows them, and never stand in an address:
-- S3: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a profile, or the machine's role; a server of
-  your own is named by `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`;
-- Google Cloud Storage: `GOOGLE_APPLICATION_CREDENTIALS`, what `gcloud auth application-default login` left, or the
-  machine's service account; an emulator is named by `STORAGE_EMULATOR_HOST` and asks for none.
+"""Files in buckets: `s3://bucket/path` and `gs://bucket/path`, a file, glob or folder, read in ranges through Arrow
+(`storage.buckets` has the clients).
 """
 
 from __future__ import annotations
 
-import datetime
 import fnmatch
-import functools
 import glob
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import msgspec
-import pyarrow as pa
 import pyarrow.fs as pa_fs
 
 from raylway.data import ranged
@@ -36,28 +27,11 @@ from raylway.data.location import (
     was_changed,
 )
 from raylway.errors import UserError
+from raylway.storage.buckets import FAILURES, system, unusable
 
-SCHEMES = ("s3", "gs")
-FAILURES = (OSError, pa.ArrowException)
-"""What the clients raise; Google's raises both."""
-_TIMEOUT_S = 10
-_ATTEMPTS = 2
 _ASKED_AT_ONCE = 16
 _STAMPS = ("generation", "ETag")
 """What a store says of an object's content, Google's and S3's."""
-_DENIED = (
-    "ACCESS_DENIED",
-    "INVALID_ACCESS_KEY",
-    "SIGNATURE_DOES_NOT_MATCH",
-    "403",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "access token",
-)
-_VARIABLES = {
-    "s3": ("AWS_ACCESS_KEY_ID, ...", "AWS_ENDPOINT_URL_S3"),
-    "gs": ("GOOGLE_APPLICATION_CREDENTIALS, the path of a key file", "STORAGE_EMULATOR_HOST"),
-}
 
 
 def find(text: str, where: str, declared: Format | None) -> list[Location]:
@@ -176,57 +150,9 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
-@functools.lru_cache
-def system(scheme: str) -> pa_fs.FileSystem:
-    """The client of all buckets of a store, with what the environment says of it."""
-    return _google() if scheme == "gs" else _s3()
-
-
-def _s3() -> pa_fs.FileSystem:
-    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    scheme, separator, host = (address or "").partition("://")
-    further: dict[str, Any] = {"endpoint_override": host.rstrip("/"), "scheme": scheme} if separator else {}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return pa_fs.S3FileSystem(
-        region=region or ("us-east-1" if further else None),
-        connect_timeout=_TIMEOUT_S,
-        request_timeout=_TIMEOUT_S,
-        retry_strategy=pa_fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-        **further,
-    )
-
-
-def _google() -> pa_fs.FileSystem:
-    retry = datetime.timedelta(seconds=_TIMEOUT_S)
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-    if not emulator:
-        return pa_fs.GcsFileSystem(retry_time_limit=retry)
-    scheme, separator, host = emulator.rpartition("://")
-    return pa_fs.GcsFileSystem(
-        anonymous=True,
-        scheme=scheme if separator else "http",
-        endpoint_override=host.rstrip("/"),
-        retry_time_limit=retry,
-    )
-
-
 @contextmanager
 def _told(text: str, where: str) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        raise unreadable(text, where, error) from None
-
-
-def unreadable(text: str, where: str, error: Exception) -> UserError:
-    """What to tell a person of an error of the client."""
-    words = (str(error).splitlines() or [type(error).__name__])[0].partition(" error_info=")[0]
-    credentials, server = _VARIABLES["gs" if text.startswith("gs://") else "s3"]
-    denied = any(word in words for word in _DENIED)
-    return UserError(
-        "the bucket refuses these credentials" if denied else "the bucket can't be read",
-        where=where,
-        expected=f"a bucket that exists and may be read, with credentials in the environment ({credentials})",
-        found=f"{text}: {words[-300:] if text.startswith('gs://') else words[:300]}",
-        fix=f"check the address, the credentials and {server}",
-    )
+        raise unusable(text, where, error) from None

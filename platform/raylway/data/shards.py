@@ -23,6 +23,7 @@ from raylway.features.fit import Part, Question
 from raylway.features.plan import FitPlan
 from raylway.features.prepared import SPLITS, Shard, SplitName, shard_schema
 from raylway.features.transform import Transform
+from raylway.storage import Place
 
 SHARD_ROWS = 1 << 18
 SHARD_BYTES = 64 << 20
@@ -106,10 +107,21 @@ def write(piece: Piece, sides: np.ndarray, use: Use, transform: Transform, to: T
             some = rows[start : start + to.rows]
             content = _shard(_rows(piece, some, use), transform)
             file = f"{name}-{number + start // to.rows:05d}.arrow"
-            with storage.writing(Path(to.folder).parent):
-                storage.write_bytes(Path(to.folder) / file, content)
-            shards.append(Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content)))
+            shard = Shard(name, file, len(some), content.size, xxhash.xxh3_128_hexdigest(content))
+            _placed(content, storage.place(to.folder) / file, shard.checksum)
+            shards.append(shard)
     return Written(len(sides), shards)
+
+
+def _placed(content: pa.Buffer, place: Place, checksum: str) -> None:
+    """A shard under its name; of a bucket a copy stays here for the leak test, and for training."""
+    if isinstance(place, Path):
+        with storage.writing(place.parent.parent):
+            storage.write_bytes(place, content)
+        return
+    with storage.scratch(place.parent, place.name) as scratch:
+        (scratch / place.name).write_bytes(content)
+        storage.move(scratch / place.name, place, checksum)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,8 +22,9 @@ from raylway.data.opening import open_source
 from raylway.errors import UserError
 from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
 from raylway.job.load import LoadedJob
+from raylway.storage import Place
 
-QUARANTINE = Path("quarantine") / "rows.jsonl"
+QUARANTINE = "quarantine/rows.jsonl"
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Traced:
     """A sentence, if the source is no longer what was prepared."""
 
 
-def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | None) -> Traced:
+def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Place | None) -> Traced:
     """Follow one row.
 
     Args:
@@ -77,7 +77,8 @@ def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Path | N
         found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
         _add_fate(found, prepared)
     if found.side == "test" and predictions is not None and predictions.exists():
-        rows = pq.read_table(predictions, filters=[("row_id", "=", row_id)]).to_pylist()
+        with storage.here(predictions) as path:
+            rows = pq.read_table(path, filters=[("row_id", "=", row_id)]).to_pylist()
         found.prediction = {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
     return found
 
@@ -121,7 +122,7 @@ class Set(msgspec.Struct, frozen=True):
     """file, line, first_file, first_line."""
 
 
-def quarantined(folder: Path, limit: int) -> Set:
+def quarantined(folder: Place, limit: int) -> Set:
     """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted.
 
     Raises:
@@ -131,7 +132,7 @@ def quarantined(folder: Path, limit: int) -> Set:
         return _quarantined(folder, limit)
 
 
-def _quarantined(folder: Path, limit: int) -> Set:
+def _quarantined(folder: Place, limit: int) -> Set:
     counts: tuple[Counter[str], Counter[str], Counter[str]] = Counter(), Counter(), Counter()
     rows: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
@@ -176,7 +177,7 @@ def quarantine_text(found: Set, missing: int) -> str:
 
 
 @contextmanager
-def _undamaged(folder: Path) -> Iterator[None]:
+def _undamaged(folder: Place) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid, msgspec.DecodeError) as error:
@@ -196,13 +197,13 @@ def _words(row: dict[str, Any]) -> str:
     return f"{row['file']}:{row['line']}"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open("rb") as lines:
+def _lines(place: Place) -> Iterator[dict[str, Any]]:
+    if place.exists():
+        with storage.here(place) as path, path.open("rb") as lines:
             yield from map(msgspec.json.decode, lines)
 
 
-def _profile(folder: Path) -> list[dict[str, Any]]:
+def _profile(folder: Place) -> list[dict[str, Any]]:
     path = folder / "profile.json"
     columns: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes())["columns"] if path.exists() else []
     return columns
@@ -272,7 +273,8 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
     transform = prepared.manifest.transform
     for split in SPLITS:
         for shard in prepared.shards(split):
-            table = pa.ipc.open_file(pa.memory_map(str(prepared.folder / shard.file))).read_all()
+            path = storage.local(prepared.folder / shard.file, shard.bytes, shard.checksum)
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             ids = table["row_id"].combine_chunks().to_numpy()
             at = int(np.searchsorted(ids, np.uint64(found.row_id)))
             if at < len(ids) and ids[at] == found.row_id:
@@ -313,9 +315,10 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
         found.fate = "left out: a duplicate of an earlier row, or a cell that counts as missing"
 
 
-def _duplicates(folder: Path) -> pa.Table:
+def _duplicates(folder: Place) -> pa.Table:
     """`row_id` and `first_row_id` (uint64) of rows that repeat another, in the order of the ids; memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(folder / DUPLICATES))).read_all()
+    with storage.here(folder / DUPLICATES) as path:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _place(files: list[str], row_id: int) -> tuple[str, int]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+from raylway import storage
 from raylway.evaluate import metrics
 from raylway.evaluate.record import Baseline
 from raylway.features.prepared import Prepared, Rows, SplitName
@@ -82,7 +82,7 @@ def _with_least_priority(folder: str, seed: int) -> Baseline:
 def boosting(folder: str, seed: int) -> Baseline:
     """Fit histogram gradient boosting on a prepared folder and score it on the test rows."""
     started = time.monotonic()
-    prepared = Prepared(Path(folder))
+    prepared = Prepared(storage.place(folder))
     task, classes = prepared.manifest.signature.task, prepared.manifest.signature.classes
     if not prepared.manifest.account.test:
         return Baseline("gradient boosting", "not fitted: the test split has no rows", None)

@@ -7,7 +7,6 @@ their ids, are the same however the rows were divided.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +22,7 @@ from raylway.evaluate.record import Evaluation, Scores, sentence
 from raylway.features.prepared import LINE_BITS, Manifest, Prepared
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
+from raylway.storage import Place
 
 BLOCK_ROWS = 200_000
 """Test rows that one task answers. Up to here a single task does it all: an execution of Ray Data costs a second or
@@ -41,7 +41,7 @@ class Answers(msgspec.Struct):
 
 
 def evaluate(
-    run: Run, prepared: Prepared, bundle: Path, reporter: Reporter, boosting: ray.ObjectRef | None = None
+    run: Run, prepared: Prepared, bundle: Place, reporter: Reporter, boosting: ray.ObjectRef | None = None
 ) -> Evaluation:
     """Score a bundle on the test rows; writes `evaluation.json` and `predictions.parquet`.
 
@@ -73,7 +73,7 @@ def evaluate(
     return evaluation
 
 
-def answers(prepared: Prepared, bundle: Path, block_rows: int, stage: Stage) -> Answers:
+def answers(prepared: Prepared, bundle: Place, block_rows: int, stage: Stage) -> Answers:
     """The bundle's answers to all test rows, whatever the size of the blocks in which they are computed.
 
     Args:
@@ -120,8 +120,8 @@ class _Block:
     def __init__(self, prepared: str, bundle: str) -> None:
         from raylway.bundle.predictor import Predictor
 
-        self._rows = Prepared(Path(prepared)).rows("test")
-        self._predictor = Predictor(Path(bundle))
+        self._rows = Prepared(storage.place(prepared)).rows("test")
+        self._predictor = Predictor(storage.place(bundle))
 
     def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
         positions = np.concatenate(
@@ -183,7 +183,7 @@ def _check_finite(found: Answers, manifest: Manifest) -> None:
         )
 
 
-def _write_predictions(path: Path, found: Answers, manifest: Manifest) -> None:
+def _write_predictions(place: Place, found: Answers, manifest: Manifest) -> None:
     """One line a test row: row_id, file, line, target, prediction, and p_<class> for each class."""
     files = pa.array(manifest.files, pa.string())
     columns: dict[str, pa.Array] = {
@@ -200,4 +200,4 @@ def _write_predictions(path: Path, found: Answers, manifest: Manifest) -> None:
         columns |= {"target": pa.array(found.target), "prediction": pa.array(found.output)}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
-    storage.write_bytes(path, sink.getvalue().to_pybytes())
+    storage.write_bytes(place, sink.getvalue().to_pybytes())

@@ -13,8 +13,9 @@ Parquet and python sources the row's number from 1).
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,11 +26,14 @@ from raylway.errors import RunFailed
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
+from raylway.storage import Place
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 DUPLICATES = "quarantine/duplicates.arrow"
 LINE_BITS = 40
+MOST_OPEN = 4_096
+"""Shards of a split: each is a mapping of memory, of which a process may have some ten thousands."""
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -132,30 +136,38 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lineage: Lineage = Lineage()
 
 
+class _Columns(NamedTuple):
+    """Of one shard, memory-mapped."""
+
+    numeric: np.ndarray
+    """float32 [n, D]"""
+    categorical: np.ndarray
+    """int32 [n, C]"""
+    target: np.ndarray
+    row_id: np.ndarray
+    """uint64 [n]"""
+
+
 class Rows:
-    """The rows of one split, memory-mapped; nothing is copied until rows are taken.
+    """The rows of one split, memory-mapped. A shard is opened when rows of it are first taken; the newest stay open.
+    One of a bucket is fetched then, and stays open as long as the cache of this machine keeps it.
+
+    Several threads may use it at once.
 
     Args:
         folder: The prepared folder.
         shards: Shards of one split, in order; none for a split without rows.
         schema: Of the shards.
-        verify: Compare a shard's checksum when rows of it are first taken.
-
-    Raises:
-        RunFailed: A shard is missing or damaged.
+        verify: Compare a shard's checksum when rows of it are first taken; what is fetched always is.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
-        for shard in shards:
-            _check_size(folder / shard.file, shard)
-        self._unverified = {index: (folder / shard.file, shard) for index, shard in enumerate(shards)} if verify else {}
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / shard.file))).read_all() for shard in shards]
-        tables = tables or [schema.empty_table()]
-        self._numeric = [_matrix(table["numeric"], np.float32) for table in tables]
-        self._categorical = [_matrix(table["categorical"], np.int32) for table in tables]
-        self._target = [table["target"].combine_chunks().to_numpy() for table in tables]
-        self._row_id = [table["row_id"].combine_chunks().to_numpy() for table in tables]
+    def __init__(self, folder: Place, shards: list[Shard], schema: pa.Schema, verify: bool = False) -> None:
+        self._folder, self._shards = folder, shards
+        self._empty = _columns(schema.empty_table())
+        self._unverified = set(range(len(shards))) if verify else set()
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._open: dict[int, tuple[_Columns, Path]] = {}
+        self._locks: dict[int, threading.Lock] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -167,47 +179,86 @@ class Rows:
             numeric float32 [n, D], categorical int32 [n, C], target [n], row_id uint64 [n].
 
         Raises:
-            RunFailed: A shard that is read for the first time is damaged.
+            RunFailed: A shard is missing or damaged.
         """
-        if self._unverified:
-            self._verify(positions)
-        return (
-            self._gather(self._numeric, positions),
-            self._gather(self._categorical, positions),
-            self._gather(self._target, positions),
-            self._gather(self._row_id, positions),
-        )
+        if not len(positions):
+            return tuple(part[positions] for part in self._empty)
+        if len(self._shards) == 1:
+            numeric, categorical, target, row_id = self._shard(0)
+            return numeric[positions], categorical[positions], target[positions], row_id[positions]
+        found = tuple(np.empty((len(positions), *part.shape[1:]), part.dtype) for part in self._empty)
+        owner = np.searchsorted(self._starts, positions, side="right") - 1
+        by_shard = np.argsort(owner, kind="stable")
+        shards, begins = np.unique(owner[by_shard], return_index=True)
+        for shard, places in zip(shards.tolist(), np.split(by_shard, begins[1:]), strict=True):
+            inside = positions[places] - self._starts[shard]
+            for column, part in zip(found, self._shard(shard), strict=True):
+                column[places] = part[inside]
+        return found[0], found[1], found[2], found[3]
+
+    def open(self, spans: np.ndarray) -> None:
+        """Open, and read once to compare the checksums, the shards that hold some rows, before they are taken.
+
+        Args:
+            spans: int64 [S, 2], first position and count, each within one shard.
+
+        Raises:
+            RunFailed: A shard is missing or damaged.
+        """
+        for shard in np.unique(np.searchsorted(self._starts, spans[:, 0], side="right") - 1).tolist():
+            self._shard(shard)
+
+    @property
+    def opened(self) -> list[str]:
+        """Files of the shards that are open."""
+        return sorted(self._shards[shard].file for shard in self._open)
 
     def targets(self) -> np.ndarray:
         """The target of every row [N], in the order of the shards: one read of all shards (4 or 8 bytes a row)."""
-        self._verify(self._starts[:-1])
-        return np.concatenate(self._target)
+        return np.concatenate([self._empty.target, *(self._shard(index).target for index in range(len(self._shards)))])
 
-    def _verify(self, positions: np.ndarray) -> None:
-        for index in np.unique(np.searchsorted(self._starts, positions, side="right") - 1):
-            if (found := self._unverified.pop(int(index), None)) is not None:
-                _check_content(*found)
+    def _shard(self, index: int) -> _Columns:
+        found = self._open.get(index)
+        if found is None:
+            with self._locks.setdefault(index, threading.Lock()):
+                found = self._open.get(index)
+                return self._mapped(index) if found is None else found[0]
+        return found[0]
 
-    def _gather(self, parts: list[np.ndarray], positions: np.ndarray) -> np.ndarray:
-        if len(parts) == 1:
-            return parts[0][positions]
-        result = np.empty((len(positions), *parts[0].shape[1:]), parts[0].dtype)
-        owner = np.searchsorted(self._starts, positions, side="right") - 1
-        for index in np.unique(owner):
-            mine = owner == index
-            result[mine] = parts[index][positions[mine] - self._starts[index]]
-        return result
+    def _mapped(self, index: int) -> _Columns:
+        shard = self._shards[index]
+        path = self._local(shard)
+        if index in self._unverified and isinstance(self._folder, Path):
+            _check_content(path, shard)
+            self._unverified.remove(index)
+        for other in [other for other, (_, file) in list(self._open.items()) if not file.exists()]:
+            self._open.pop(other, None)  # it has left the cache, and would keep its room on the disk while it is mapped
+        if len(self._open) >= MOST_OPEN:
+            self._open.pop(next(iter(self._open)), None)
+        found = _columns(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        self._open[index] = found, path
+        return found
+
+    def _local(self, shard: Shard) -> Path:
+        place = self._folder / shard.file
+        if isinstance(place, Path):
+            _check_size(place, shard)
+            return place
+        try:
+            return storage.local(place, shard.bytes, shard.checksum)
+        except FileNotFoundError:
+            raise _missing(place) from None
 
 
 class Prepared:
-    """An open prepared folder.
+    """An open prepared folder, or one of a bucket.
 
     Raises:
         UserError: The manifest is damaged or of another format version.
         FileNotFoundError: The folder is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.manifest = storage.read_record(folder / MANIFEST, Manifest)
 
@@ -232,14 +283,27 @@ def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) ->
     )
 
 
+def _columns(table: pa.Table) -> _Columns:
+    return _Columns(
+        _matrix(table["numeric"], np.float32),
+        _matrix(table["categorical"], np.int32),
+        table["target"].combine_chunks().to_numpy(),
+        table["row_id"].combine_chunks().to_numpy(),
+    )
+
+
 def _matrix(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
     array = column.combine_chunks()
     return array.flatten().to_numpy().astype(dtype, copy=False).reshape(len(array), array.type.list_size)
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    if (path.stat().st_size if path.exists() else -1) != shard.bytes:
-        raise RunFailed(f"{path}: the shard is missing or damaged; remove {path.parent} and run the job again")
+    if storage.size(path) != shard.bytes:
+        raise _missing(path)
+
+
+def _missing(place: Place) -> RunFailed:
+    return RunFailed(f"{place}: the shard is missing or damaged; remove {place.parent} and run the job again")
 
 
 def _check_content(path: Path, shard: Shard) -> None:

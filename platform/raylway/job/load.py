@@ -16,8 +16,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from raylway import storage
 from raylway.errors import UserError
 from raylway.job.schema import Job
+from raylway.storage import Place
 
 Key = tuple[str | int, ...]
 
@@ -27,15 +29,15 @@ class LoadedJob:
     """A job with the place that each of its keys came from."""
 
     job: Job
-    path: Path
-    """The job file, as the user named it."""
+    path: Place
+    """The job file, as the user named it; that of a run may be in a bucket."""
     lines: dict[str, str]
     """`file:line` (or `--set`) by dotted key."""
 
     @property
     def folder(self) -> Path:
-        """The job file's folder, absolute."""
-        return self.path.absolute().parent
+        """The job file's folder, absolute; the current one for a file in a bucket."""
+        return self.path.absolute().parent if isinstance(self.path, Path) else Path.cwd()
 
     @property
     def import_paths(self) -> list[str]:
@@ -58,7 +60,7 @@ class LoadedJob:
         return stream.getvalue()
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
+def load_job(path: Place, overrides: Sequence[str] = ()) -> LoadedJob:
     """Read and check a job file, and make the modules beside it importable.
 
     Args:
@@ -99,11 +101,12 @@ def located(loaded: LoadedJob) -> Iterator[None]:
         raise UserError(error.what, place, error.expected, error.found, error.fix) from None
 
 
-def _read_yaml(path: Path) -> CommentedMap:
+def _read_yaml(path: Place) -> CommentedMap:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+        beside = [file.name for file in storage.children(path.parent) if file.name.endswith((".yaml", ".yml"))]
+        near = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "name a job file, such as jobs/flights.yaml"
         raise UserError(
             "no such job file", where=str(path), expected="a YAML file", found="no file of this name", fix=hint
@@ -165,7 +168,7 @@ def _not_yaml(problem: str, where: str, found: str) -> UserError:
     )
 
 
-def _places(tree: CommentedMap, path: Path) -> dict[str, str]:
+def _places(tree: CommentedMap, path: Place) -> dict[str, str]:
     places: dict[str, str] = {}
 
     def visit(node: Any, prefix: Key) -> None:
@@ -215,7 +218,7 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None
     places[".".join(parts)] = f"--set {key.strip()}"
 
 
-def _messages(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: Path) -> list[str]:
+def _messages(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: Place) -> list[str]:
     """One line for each key that is wrong; the branches of a union are one line."""
     by_key: dict[Key, list[dict[str, Any]]] = {}
     for problem in error.errors(include_url=False):
@@ -250,10 +253,11 @@ def _sentence(dotted: str, key: Key, problems: list[dict[str, Any]]) -> str:
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"the key {dotted!r} is missing; it has no default"
+    rules = [problem for problem in problems if problem["type"] == "value_error" and isinstance(problem["input"], dict)]
+    if rules:  # the section was meant: what it takes is said, and not what else could stand there
+        return f"{dotted or 'job'}: {_expectation(rules[0])}"
     branches = list(dict.fromkeys(_expectation(problem) for problem in problems))
     expected = " or ".join([branches[0], *(branch.removeprefix("expected ") for branch in branches[1:])])
-    if isinstance(first["input"], dict) and first["type"] == "value_error":
-        return f"{dotted or 'job'}: {expected}"
     return f"{dotted or 'job'}: {expected}; found {_shown(first['input'])}"
 
 

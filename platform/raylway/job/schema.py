@@ -196,6 +196,8 @@ class Model(Section):
     hidden: list[Count] = [128, 64]
     """Widths of the hidden layers of `mlp`."""
     dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.1
+    compile: bool = False
+    """Train it as a graph that `torch.compile` makes before the first step; where that fails, as it is."""
     args: dict[str, Any] = {}
     """Keyword arguments for your own function."""
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from raylway.errors import RunFailed, UserError
 from raylway.launch import start
 from raylway.runs.progress import Reporter
+from raylway.storage import Place
 
 if TYPE_CHECKING:
     from raylway.job.schema import Serve
@@ -67,11 +68,11 @@ exec {binary} "$@"
 """
 
 
-def serve(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None) -> None:
+def serve(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None) -> None:
     """Serve a bundle until Ctrl-C or SIGTERM; requests that are being answered then still get their answers.
 
     Args:
-        bundle: The bundle's folder.
+        bundle: The bundle's folder, or its address in a bucket.
         options: Replicas and batch size, from the job file.
         host: Address to listen on.
         port: HTTP port.
@@ -90,7 +91,7 @@ def serve(bundle: Path, options: Serve, host: str, port: int, reporter: Reporter
 
 @contextmanager
 def served(
-    bundle: Path, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None
+    bundle: Place, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None
 ) -> Iterator[str]:
     """Serve a bundle while the body runs; yields the address once it answers. As `serve`."""
     from raylway.bundle import contents
@@ -110,11 +111,11 @@ def served(
 
 
 @contextmanager
-def deployed(bundle: Path, name: str, options: Serve, http: dict[str, Any], keys: Path | None = None) -> Iterator[str]:
+def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any], keys: Path | None = None) -> Iterator[str]:
     """Run the application in the connected Ray while the body runs; yields its address once it answers.
 
     Args:
-        bundle: The bundle's folder.
+        bundle: The bundle's folder, or its address in a bucket.
         name: Of the application; one that runs under this name is replaced.
         options: Replicas and batch size.
         http: `host` and `port`, for a Serve that is not running yet.
@@ -265,10 +266,11 @@ def _needs_key(url: str) -> bool:
     return False
 
 
-def _curl(url: str, bundle: Path, needs_key: bool) -> str:
+def _curl(url: str, bundle: Place, needs_key: bool) -> str:
     """A command that works as it stands, or once `KEY` is one: it asks the first example of the bundle."""
-    from raylway.bundle import examples
+    from raylway.bundle import contents, examples
 
-    body = shlex.quote(json.dumps({"rows": examples.read(bundle).rows[:1]}, ensure_ascii=False))
+    folder = bundle if isinstance(bundle, Path) else contents.load(bundle).folder
+    body = shlex.quote(json.dumps({"rows": examples.read(folder).rows[:1]}, ensure_ascii=False))
     key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"curl {url}/predict {key}-H 'Content-Type: application/json' -d {body}"

@@ -99,8 +99,8 @@ def verify_resume(
         UserError: The job is wrong, or trains for too few steps.
         RunFailed: A training fails, or ends before it could be killed.
     """
+    root = storage.prepare_folder(loaded.job.storage)
     pipeline.run(loaded, reporter, "prepare")
-    root = storage.prepare_root(loaded.job.storage)
     with storage.scratch_folder(root, "verify-resume") as folder:
         whole = _Training(folder / "whole", root, job, overrides)
         with reporter.stage("whole") as stage:
@@ -188,10 +188,9 @@ class _Training:
     def last_step(self) -> int:
         """The last step in the metrics; 0 before the first."""
         for run in all_runs(self._folder):
-            if run.metrics.exists():
-                with run.metrics.open("rb") as file:
-                    file.seek(max(0, run.metrics.stat().st_size - _TAIL_BYTES))
-                    lines = _lines(file.read().partition(b"\n")[2])
+            if size := storage.size(run.metrics):
+                tail = storage.read_range(run.metrics, max(0, size - _TAIL_BYTES), size)
+                lines = _lines(tail.partition(b"\n")[2])
                 return next((line["step"] for line in reversed(lines) if line["kind"] == "step"), 0)
         return 0
 
@@ -199,7 +198,7 @@ class _Training:
         """The step of the newest whole checkpoint; 0 for none."""
         from raylway.train import checkpoint
 
-        found = checkpoint.newest(self.trained.checkpoints, {})
+        found = checkpoint.newest(self.trained, {})
         return found.manifest.step if found else 0
 
     @contextmanager
@@ -237,7 +236,7 @@ def _compared(whole: Run, broken: Run) -> Iterator[Compared]:
     yield _difference("steps, each once", *({place: line["step"] for place, line in enumerate(each)} for each in steps))
     for what, key in _FIGURES.items():
         yield _difference(what, *({f"step {line['step']}": line[key] for line in each} for each in steps))
-    ends = [checkpoint.newest(run.checkpoints, {}) for run in (whole, broken)]
+    ends = [checkpoint.newest(run, {}) for run in (whole, broken)]
     for what, prefix in (("weights", checkpoint.MODEL), ("optimizer's tensors", checkpoint.OPTIMIZER)):
         tensors = [end.tensors(prefix) if end else {} for end in ends]
         yield _difference(what, *({name: _bits(tensor) for name, tensor in each.items()} for each in tensors))

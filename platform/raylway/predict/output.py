@@ -11,7 +11,6 @@ parts without `_SUCCESS`).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -27,10 +26,11 @@ import pyarrow.parquet as pq
 
 from raylway import storage
 from raylway.bundle.predictor import shortest
-from raylway.data import remote
-from raylway.data.location import refuse_credentials
 from raylway.errors import UserError
 from raylway.features.signature import Signature
+from raylway.storage import buckets
+from raylway.storage.buckets import Address
+from raylway.storage.credentials import refuse_credentials
 
 Format = Literal["csv", "jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("csv", "jsonl", "parquet")
@@ -112,7 +112,7 @@ def output_of(place: str | None, wanted: str | None) -> Output:
         )
     scheme = place.partition("://")[0] if "://" in place else ""
     refuse_credentials(place, "--output")
-    if scheme and scheme not in remote.SCHEMES:
+    if scheme and scheme not in buckets.SCHEMES:
         raise UserError(
             "answers can't be written there",
             where=f"--output {place}",
@@ -132,7 +132,7 @@ def refuse_taken(output: Output) -> None:
     """
     is_taken = bool(output.place) and not output.is_remote and output.path.exists()
     if output.is_remote:
-        system = remote.system(output.scheme)
+        system = buckets.system(output.scheme)
         try:
             there = system.get_file_info(pafs.FileSelector(output.key, recursive=True, allow_not_found=True))
             left = [each.path for each in there if each.is_file and _PART.fullmatch(each.base_name)]
@@ -141,8 +141,8 @@ def refuse_taken(output: Output) -> None:
                 is_taken = system.get_file_info(output.key).is_file
             for path in [] if is_taken or not output.is_folder else left:
                 system.delete_file(path)
-        except remote.FAILURES as error:
-            raise remote.unreadable(output.place, "--output", error) from None
+        except buckets.FAILURES as error:
+            raise buckets.unusable(output.place, "--output", error) from None
     if is_taken:
         raise _taken(output)
 
@@ -254,9 +254,9 @@ def commit(output: Output, columns: pa.Schema, parts: Parts, out: IO[bytes]) -> 
             out.flush()
         else:
             _commit_file(output, columns, parts)
-    except remote.FAILURES as error:
+    except buckets.FAILURES as error:
         if output.is_remote:
-            raise remote.unreadable(output.place, "--output", error) from None
+            raise buckets.unusable(output.place, "--output", error) from None
         if not isinstance(error, OSError):
             raise
         raise unwritable(output.place or "standard output", error) from None
@@ -289,11 +289,10 @@ def _commit_folder(output: Output, columns: pa.Schema, parts: Parts) -> None:
             _append(parts.refused, file)
         moved.append((whole, REJECTS))
     if output.is_remote:
-        system, prefix = remote.system(output.scheme), output.key
+        place = Address(output.scheme, output.key)
         for path, name in moved:
-            _upload(path, system, f"{prefix}/{name}")
-        with system.open_output_stream(f"{prefix}/{SUCCESS}") as stream:
-            stream.write(success)
+            buckets.upload(path, place / name)
+        buckets.write(place / SUCCESS, success)
         return
     folder = parts.scratch / "folder"
     folder.mkdir()
@@ -323,12 +322,12 @@ def _commit_file(output: Output, columns: pa.Schema, parts: Parts) -> None:
         file.flush()
         os.fsync(file)
     if output.is_remote:
-        system, address = remote.system(output.scheme), output.key
+        rejects = Address(output.scheme, f"{output.key}.{REJECTS}")
         if parts.refused:
-            _upload(refused, system, f"{address}.{REJECTS}")
-        elif system.get_file_info(f"{address}.{REJECTS}").type == pafs.FileType.File:
-            system.delete_file(f"{address}.{REJECTS}")
-        _upload(answers, system, address)
+            buckets.upload(refused, rejects)
+        else:
+            rejects.unlink(missing_ok=True)
+        buckets.upload(answers, Address(output.scheme, output.key))
         return
     beside = Path(output.rejects).absolute()
     if parts.refused:
@@ -364,19 +363,3 @@ def _append(paths: list[Path], out: IO[bytes]) -> None:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def _upload(path: Path, system: pafs.FileSystem, target: str) -> None:
-    """Copy a file to a bucket, in parts of some MB; the object is there when it is whole.
-
-    To close a stream of Arrow, or to let go of it, completes the object with what has come so far: the stream of an
-    upload that is interrupted is kept for ever.
-    """
-    stream = system.open_output_stream(target)
-    try:
-        with path.open("rb") as file:
-            shutil.copyfileobj(file, stream, 8 << 20)
-    except BaseException:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
-        raise
-    stream.close()

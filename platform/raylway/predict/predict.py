@@ -31,6 +31,7 @@ from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
 from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema, unwritable
 from raylway.runs.progress import Reporter
+from raylway.storage import Place
 
 SMALL_BYTES = 32 << 20
 """Up to here this process does it alone: Ray takes some seconds to start, and each actor two more for torch."""
@@ -77,7 +78,7 @@ class Asked(msgspec.Struct, frozen=True):
     scratch: str
 
 
-def predict(loaded: LoadedJob, bundle: Path, source: str, output: Output, reporter: Reporter) -> Prediction:
+def predict(loaded: LoadedJob, bundle: Place, source: str, output: Output, reporter: Reporter) -> Prediction:
     """Answer a source's rows in their order.
 
     Args:
@@ -119,7 +120,7 @@ class Answerer:
 
     def __init__(self, asked: Asked, predictor: Predictor | None = None) -> None:
         self._asked, self._scratch = asked, Path(asked.scratch)
-        self._predictor = predictor or Predictor(Path(asked.bundle))
+        self._predictor = predictor or Predictor(storage.place(asked.bundle))
 
     def answer(self, item: Item) -> Done:
         """Write the item's answers and rejects; done twice, it writes the same.
@@ -235,11 +236,12 @@ def _connected(loaded: LoadedJob, reporter: Reporter) -> AbstractContextManager[
 
 
 @contextmanager
-def _scratch(output: Output, bundle: Path) -> Iterator[Path]:
+def _scratch(output: Output, bundle: Place) -> Iterator[Path]:
     """Where parts are written: beside a local output, so that a rename brings them there; on a cluster every node must
     see it."""
     is_local = output.place and not output.is_remote
-    elsewhere = bundle.parent if os.environ.get("RAY_ADDRESS") else Path(tempfile.gettempdir())
+    beside = bundle.parent if os.environ.get("RAY_ADDRESS") and isinstance(bundle, Path) else None
+    elsewhere = beside or Path(tempfile.gettempdir())
     with ExitStack() as stack:
         try:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")

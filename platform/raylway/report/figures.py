@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 
@@ -13,6 +12,8 @@ from raylway.evaluate.record import Evaluation
 from raylway.report import curves
 from raylway.report.charts import COLOURS, Axis, Figure, Series, chart
 from raylway.report.words import figure, sentence_list
+from raylway.runs import pace
+from raylway.storage import Place
 
 _MOST_ROWS = 1_000_000
 """Answers that the curves are drawn from; of more, every k-th is taken."""
@@ -27,19 +28,17 @@ Points = tuple[np.ndarray, np.ndarray]
 class History:
     """What training wrote to `metrics.jsonl`, by the name of the value; values that are not finite are left out."""
 
-    def __init__(self, path: Path) -> None:
-        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}}
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            try:
-                record = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                continue  # the last line of a run that goes on while we read
+    def __init__(self, place: Place) -> None:
+        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}, "pace": {}}
+        self.tally = pace.Tally()
+        for record in pace.lines(place):
+            self.tally.add(record)
             for name, value in record.items():
                 if record["kind"] in found and isinstance(value, int | float) and np.isfinite(value):
                     steps, values = found[record["kind"]].setdefault(name, ([], []))
                     steps.append(record["step"])
                     values.append(value)
-        self.steps, self.validations = (
+        self.steps, self.validations, self.paces = (
             {name: (np.array(steps, float), np.array(values, float)) for name, (steps, values) in columns.items()}
             for columns in found.values()
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,20 +17,23 @@ from raylway import storage
 from raylway.evaluate.record import LABELS, Evaluation
 from raylway.features import dates
 from raylway.features.prepared import SPLITS, Manifest, Prepared
-from raylway.report import figures, sparks, words
+from raylway.report import figures, sparks, speed, words
 from raylway.report.charts import Figure
+from raylway.runs import pace, starts
 from raylway.runs.run import STAGES, Run, RunRecord
+from raylway.storage import Place
 
 _MOST_CLASSES = 20
 """Of a confusion matrix that can be read; of more classes the most frequent confusions are listed."""
 _MOST_LISTED = 50
 _MOST_QUARANTINED = 20
 _MOST_WRONG = 10
+_MOST_STARTS = 6
 _AFTER_PREPARE = STAGES[1:-1]
 """What can be unfinished: the prepared data is there, and this page is the last stage."""
 
 
-def write(run: Run, prepared: Prepared) -> Path:
+def write(run: Run, prepared: Prepared) -> Place:
     """Write `report.html` anew and return where it is.
 
     Args:
@@ -41,6 +43,7 @@ def write(run: Run, prepared: Prepared) -> Path:
     record, manifest = run.record, prepared.manifest
     evaluation = storage.read_record(run.evaluation, Evaluation) if run.evaluation.exists() else None
     training = record.stages["train"].facts if "train" in record.stages else {}
+    history, events = figures.History(run.metrics), list(pace.lines(run.events))
     page = (
         _environment()
         .get_template("report.html")
@@ -56,9 +59,13 @@ def write(run: Run, prepared: Prepared) -> Path:
             leak_test=manifest.leak_test,
             leak_words=words.leaks(manifest.leak_test) if manifest.leak_test else "",
             columns=_columns(prepared),
-            quarantined=list(islice(_quarantined(prepared.folder / "quarantine"), _MOST_QUARANTINED)),
+            quarantined=list(islice(_quarantined(prepared.folder / "quarantine" / "rows.jsonl"), _MOST_QUARANTINED)),
             training={**training, **training.get("plan", {})},
-            learning=figures.learning(figures.History(run.metrics), training.get("best_step")),
+            learning=figures.learning(history, training.get("best_step")),
+            speed=speed.charts(history),
+            spent=speed.facts(history, events),
+            starts=_starts(events),
+            not_compiled=sorted({line["reason"] for line in events if line["event"] == "not compiled"}),
             answers=_answers(run, evaluation),
             worst=_worst(run, evaluation),
             clock=_clock(record),
@@ -66,6 +73,14 @@ def write(run: Run, prepared: Prepared) -> Path:
     )
     storage.write_bytes(run.report, page.encode("utf-8", "replace"))
     return run.report
+
+
+def _starts(events: list[pace.Line]) -> dict[str, Any]:
+    """The stages of the newest starts, an attempt a column."""
+    found = starts.starts(events)[-_MOST_STARTS:]
+    names = [name for name in starts.STAGES.values() if any(name in start.stages for start in found)]
+    rows = [(name, [start.stages.get(name) for start in found]) for name in names]
+    return {"attempts": [start.attempt for start in found], "rows": rows, "total": [start.total_s for start in found]}
 
 
 def _environment() -> jinja2.Environment:
@@ -172,10 +187,9 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
     return [{**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)} for column in columns]
 
 
-def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:
-    path = folder / "rows.jsonl"
-    if path.exists():
-        with path.open("rb") as lines:
+def _quarantined(place: Place) -> Iterator[dict[str, Any]]:
+    if place.exists():
+        with storage.here(place) as path, path.open("rb") as lines:
             yield from map(msgspec.json.decode, lines)
 
 
@@ -187,13 +201,15 @@ def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
     draw = figures.regression if evaluation.task == "regression" else figures.classification
-    return draw(run.predictions, evaluation)
+    with storage.here(run.predictions) as path:
+        return draw(path, evaluation)
 
 
 def _worst(run: Run, evaluation: Evaluation | None) -> list[dict[str, str]]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
-    return figures.worst(run.predictions, evaluation, _MOST_WRONG)
+    with storage.here(run.predictions) as path:
+        return figures.worst(path, evaluation, _MOST_WRONG)
 
 
 def _clock(record: RunRecord) -> list[dict[str, Any]]:

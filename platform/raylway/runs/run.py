@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,14 @@ import msgspec
 import xxhash
 
 from raylway import __version__, storage
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.job.load import LoadedJob
+from raylway.runs import journal
+from raylway.storage import Place
 
 STAGES = ("prepare", "train", "evaluate", "bundle", "report")
 _RECORD = "run.json"
+_ASKED_AT_ONCE = 16
 PREPARED = "prepared"
 """The folder of prepared data, beside those of the jobs."""
 
@@ -61,10 +65,10 @@ class Run:
     """One run directory.
 
     Args:
-        folder: `<storage>/<job>/<run id>`.
+        folder: `<storage>/<job>/<run id>`; of a bucket the two files of lines are segments (`journal`).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.job = folder / "job.yaml"
         self.metrics = folder / "metrics.jsonl"
@@ -92,7 +96,8 @@ class Run:
 
     def create(self, loaded: LoadedJob, fingerprint: str) -> None:
         """Make the directory and its record; of one that is there only `job.yaml` is written anew."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.folder, Path):
+            self.folder.mkdir(parents=True, exist_ok=True)
         storage.write_bytes(self.job, loaded.to_yaml())
         if self.exists:
             return
@@ -121,7 +126,8 @@ class Run:
             yield facts
         except BaseException as error:
             status: Literal["failed", "interrupted"] = "failed" if isinstance(error, Exception) else "interrupted"
-            self._set(name, StageRecord(status, started, time.monotonic() - clock, facts))
+            with suppress(RunFailed):  # a bucket that is out of reach; what brought us here is told
+                self._set(name, StageRecord(status, started, time.monotonic() - clock, facts))
             raise
         self._set(name, StageRecord("done", started, time.monotonic() - clock, facts))
 
@@ -135,14 +141,8 @@ class Run:
             )
 
     def log(self, event: str, **details: Any) -> None:
-        """Append one line to events.jsonl. A line is one write, so lines of several processes never mix."""
-        line = msgspec.json.encode({"time": _now(), "event": event, **details}) + b"\n"
-        with self.events.open("a+b", buffering=0) as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                # A line that a power cut left in half must not take this one along.
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            file.write(line)
+        """Append one line to events.jsonl. From any process; lines of several never mix."""
+        journal.append(self.events, msgspec.json.encode({"time": _now(), "event": event, **details}) + b"\n")
 
     def _set(self, name: str, stage: StageRecord) -> None:
         record = self.record
@@ -160,13 +160,17 @@ def run_id(*parts: bytes) -> str:
     return digest.hexdigest()[:12]
 
 
-def all_runs(root: Path) -> list[Run]:
-    """Runs below a storage folder, oldest first."""
-    found = [Run(path.parent) for path in root.glob(f"*/*/{_RECORD}") if path.parent.parent.name != PREPARED]
-    return sorted(found, key=lambda run: (run.record.created_at, run.folder))
+def all_runs(root: Place) -> list[Run]:
+    """Runs of a storage folder, oldest first."""
+    jobs = [job for job in storage.children(root) if job.name != PREPARED]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # of a bucket each question is a request
+        runs = [Run(folder) for folders in pool.map(storage.children, jobs) for folder in folders]
+        there = [run for run, exists in zip(runs, pool.map(_exists, runs), strict=True) if exists]
+        began = list(pool.map(lambda run: run.record.created_at, there))
+    return [run for _, _, run in sorted(zip(began, (str(run.folder) for run in there), there, strict=True))]
 
 
-def find_run(root: Path, name: str, with_bundle: bool = False) -> Run:
+def find_run(root: Place, name: str, with_bundle: bool = False) -> Run:
     """The run that a person means: a folder, a run id (or its beginning), a job's name, or `latest`.
 
     Args:
@@ -177,10 +181,10 @@ def find_run(root: Path, name: str, with_bundle: bool = False) -> Run:
     Raises:
         UserError: There is none, or more than one.
     """
-    if (Path(name) / _RECORD).exists():
-        return Run(Path(name).absolute())
+    if (named := Run(storage.place(name))).exists:
+        return named
     runs = all_runs(root)
-    usable = [run for run in runs if run.bundle.exists()] if with_bundle else runs
+    usable = [run for run in runs if (run.bundle / "bundle.json").exists()] if with_bundle else runs
     if name == "latest":
         matches = usable[-1:]
     else:
@@ -197,6 +201,10 @@ def find_run(root: Path, name: str, with_bundle: bool = False) -> Run:
             fix="start one with: raylway run JOB, or name the folder with --storage",
         )
     return matches[0]
+
+
+def _exists(run: Run) -> bool:
+    return run.exists
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from raylway.errors import RunFailed
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
+from raylway.runs import pace
 from raylway.runs.run import Run
-from raylway.train import checkpoint, failures, optim, strategy
+from raylway.runs.stop import StopWord
+from raylway.train import checkpoint, optim, strategy
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints, State
+from raylway.train.checkpoint import State
+from raylway.train.clock import Clock
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
@@ -30,13 +33,12 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.resizing import ResizeWord
+from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
-
-STOP_FILE = "stop"
-"""In the run's folder: training writes a checkpoint after the step at hand and ends."""
 
 
 def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
@@ -46,12 +48,13 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         UserError: The model can't be built or trained.
         RunFailed: The data or the checkpoint is damaged.
     """
-    found = checkpoint.opened(run.checkpoints / start.checkpoint) if start.checkpoint else None
+    # Rank 0 has just compared its contents (`worker`).
+    found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
-    plan = _with_microbatch(task.plan, state)
+    plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
-    prepared = Prepared(Path(task.prepared))
+    prepared = Prepared(storage.place(task.prepared))
     target = prepared.manifest.transform.target
 
     module = seeded_model(job, prepared).to(device)
@@ -71,6 +74,10 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         rows = prepared.rows("validation", verify=True)
         order = Order([shard.rows for shard in prepared.shards("validation")], None)
         validation = Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
+    progress = _with_whole(run, state.progress) if state else Progress()
+    log = _log(run, start, state) if groups.rank == 0 else NoLog()
+    checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -83,14 +90,41 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
-        feed=_training_feed(job, plan, prepared, share, device),
+        feed=_training_feed(job, plan, prepared, share.filled(plan.rows_train) if plan.compile else share, device),
         validation=validation,
-        checkpoints=_checkpoints(job, run, groups, start),
-        log=MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog(),
-        wish=Wishes(plan, run.folder / STOP_FILE) if groups.rank == 0 else _no_wish,
+        checkpoints=checkpoints,
+        log=log,
+        clock=Clock(device),
+        wish=Wishes(plan, words, checkpoints) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
-    return assembled, _with_whole(run, state.progress) if state else Progress()
+    if plan.compile:
+        _compile(assembled, run, progress.step)
+    return assembled, progress
+
+
+def _compile(assembled: Training, run: Run, step: int) -> None:
+    from raylway.train import compiled
+
+    def tell(reason: str) -> None:
+        run.log("not compiled", rank=assembled.groups.rank, reason=reason)
+        text = f"model.compile: {reason}; training goes on without it"
+        assembled.log.write("note", step=step, text=text)
+
+    began_at = time.monotonic()
+    compiled.warm_up(assembled.model, assembled.feed.filling(), tell)
+    assembled.event("compiler done", elapsed_s=time.monotonic() - began_at)
+
+
+def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
+    """Where rank 0 writes what happens, behind the steps that the run goes on from."""
+    from raylway.train import sinks  # for rank 0 only: it takes a moment
+
+    step = state.progress.step if state else 0
+    log = MetricsLog(run, state.metrics_bytes if state else 0, sinks.all_of(run, step))
+    if log.lost is not None:
+        run.log(pace.CONTINUES, attempt=start.attempt, from_step=step, **msgspec.structs.asdict(log.lost))
+    return log
 
 
 def _with_microbatch(plan: Plan, state: State | None) -> Plan:
@@ -115,17 +149,6 @@ def _weights(prepared: Prepared) -> np.ndarray:
     return balanced.weights(prepared.manifest.classes["train"])
 
 
-def _checkpoints(job: Job, run: Run, groups: Groups, start: Start) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoints,
-        job.train.checkpoint.keep,
-        start.attempt,
-        groups,
-        lambda: failures.latest(run) > start.attempt,
-        start.broken,
-    )
-
-
 def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
     """The model with the initial weights that the job's seed gives it: the same on every rank and machine.
 
@@ -141,20 +164,25 @@ def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
 
 
 class Wishes:
-    """When rank 0 would like a checkpoint, and whether it was told to stop.
+    """When rank 0 would like a checkpoint, has one written, and whether it was told to stop.
 
     Args:
         plan: How often.
-        stop_file: Being there is the word to stop.
+        words: Each of them is the word to stop.
+        checkpoints: Of this attempt.
     """
 
-    def __init__(self, plan: Plan, stop_file: Path) -> None:
-        self._plan, self._stop_file = plan, stop_file
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints) -> None:
+        self._plan, self._words, self._checkpoints = plan, words, checkpoints
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
-        return Wish(save=self._save_is_due(progress.step + 1), stop=self._stop_file.exists())
+        return Wish(
+            save=self._save_is_due(progress.step + 1),
+            stop=any(word.is_given() for word in self._words),
+            settle=self._checkpoints.has_ended,
+        )
 
     def _save_is_due(self, step: int) -> bool:
         if self._plan.checkpoint_every_steps is not None:
@@ -187,6 +215,6 @@ def _is_whole(run: Run, name: str) -> bool:
     try:
         if name:
             checkpoint.opened(run.checkpoints / name)
-    except RunFailed:
+    except checkpoint.Broken:
         return False
     return True

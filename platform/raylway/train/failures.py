@@ -11,6 +11,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ import msgspec
 
 import raylway
 from raylway.errors import RunFailed, UserError
+from raylway.runs import journal
 from raylway.runs.run import Run
 
 MOST_STARTS = 3
-"""Starts from one step within one launch: without progress a fourth would fail as well."""
+"""Starts from one step within one launch, of as many workers: without progress a fourth would fail as well. Another
+number of workers has tries of its own: machines that come and go are no failure."""
 _LOOK_FOR_S = 1.0
 """How long a rank that lost its peers looks for their record. It is written before the connection breaks."""
 _STARTED, _FAILED = "attempt started", "attempt failed"
@@ -63,10 +66,10 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
             its start was lost with the power.
 
     Raises:
-        RunFailed: This launch has started often enough from this step; carries the last cause.
+        RunFailed: This launch has started often enough from this step with as many workers; carries the last cause.
     """
-    starts = list(_events(run, _STARTED, Attempt))
-    same = [start for start in starts if (start.launch, start.from_step) == (launch, from_step)]
+    wanted = (launch, from_step, workers)
+    same = [start for start in starts(run) if (start.launch, start.from_step, start.workers) == wanted]
     if len(same) >= MOST_STARTS:
         causes = [found.text[-1] for found in _events(run, _FAILED, Failure) if found.attempt == same[-1].attempt]
         cause = causes[0] if causes else "a worker's process ended without a word: killed, or out of memory"
@@ -81,16 +84,23 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
 
 def attempts(run: Run) -> int:
     """How many times the worker group was started, over all launches."""
-    return sum(1 for _ in _events(run, _STARTED, Attempt))
+    return len(starts(run))
+
+
+def starts(run: Run) -> list[Attempt]:
+    """Each of them, oldest first."""
+    return list(_events(run, _STARTED, Attempt))
 
 
 def latest(run: Run) -> int:
     """The number of the attempt that began last."""
-    return max((start.attempt for start in _events(run, _STARTED, Attempt)), default=0)
+    return max((start.attempt for start in starts(run)), default=0)
 
 
 def record(run: Run, failure: Failure) -> None:
-    run.log(_FAILED, **msgspec.structs.asdict(failure))
+    """As far as it goes: a full disk must not hide the cause of the failure."""
+    with suppress(OSError):
+        run.log(_FAILED, **msgspec.structs.asdict(failure))
 
 
 def of_a_peer(run: Run, attempt: int) -> Failure | None:
@@ -155,8 +165,7 @@ def _is_users(filename: str, user_folders: list[str]) -> bool:
 
 def _events(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
     """Records of one kind, oldest first; a line that a power cut left in half is none."""
-    lines = run.events.read_bytes().splitlines() if run.events.exists() else []
-    for line in lines:
+    for line in journal.read(run.events).splitlines():
         try:
             found = msgspec.json.decode(line)
         except msgspec.DecodeError:

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from raylway.errors import RunFailed
 from raylway.features.signature import Task
 from raylway.job.training import Train
 from raylway.train import optim, validate
 from raylway.train.average import Average
-from raylway.train.checkpoint import Checkpoints, State, restore, settings_of, tensors_of
+from raylway.train.checkpoint import State, restore, settings_of, tensors_of
+from raylway.train.clock import Clock
 from raylway.train.feed.loader import Feed
 from raylway.train.feed.order import random_seed
 from raylway.train.guard import Guard, Verdict
@@ -33,9 +35,13 @@ from raylway.train.log import MetricsLog, NoLog
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Progress
+from raylway.train.saving import Checkpoints
 from raylway.train.step import Agreed, Wish, agree, forward_backward, seed_random
 from raylway.train.strategy import Groups, Parallel
 from raylway.train.validate import Validation
+
+_LONG_WAIT_S = 1.0
+"""A wait for a checkpoint that is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Training:
     """None without validation rows."""
     checkpoints: Checkpoints
     log: MetricsLog | NoLog
+    clock: Clock
     wish: Callable[[Progress], Wish]
     """What this rank would like after a step: a checkpoint, or an end."""
     event: Callable[..., None]
@@ -78,29 +85,33 @@ def train(run: Training, progress: Progress) -> Progress:
 
     Raises:
         RunFailed: Loss or gradient are not finite, or the loss jumps and the job says to stop then; on all ranks alike,
-            before the weights are touched.
+            before the weights are touched. Or checkpoints can't be written.
     """
-    plan, optimizer, scaler = run.plan, run.optimizer, run.precision.scaler
+    plan, optimizer, scaler, clock = run.plan, run.optimizer, run.precision.scaler, run.clock
     parameters = [parameter for parameter in run.model.module.parameters() if parameter.requires_grad]
     clip = run.job.clip or float("inf")
     wish = Wish()
     while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
-        started_at = time.monotonic()
+        clock.start()
         batch = run.feed.step(progress.step)
+        clock.fed()
         seed_random(run.device, random_seed(run.seed, progress.step, run.groups.random_rank))
         rate = optim.learning_rate(run.job, plan, progress.updates)
         optim.set_learning_rate(optimizer, rate)
 
         optimizer.zero_grad()
-        loss_sum = forward_backward(run.model, batch, run.task)
+        loss_sum = forward_backward(run.model, batch, run.task, clock)
         scaler.unscale_(optimizer)
         norm = run.model.gradient_norm()
         digest = batch.digest if run.groups.counts_rows else 0
-        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
+        agreed = agree(run.groups, loss_sum, norm, batch.num_rows, digest, run.wish(progress), clock.own())
         wish = agreed.wish
+        if wish.settle or wish.save:
+            with clock.stopped():
+                progress = _settled(run, progress)
         verdict = run.guard.judge(progress, agreed, norm)
         if verdict is Verdict.UPDATE:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            optim.clip(parameters, clip, norm)
             scaler.step(optimizer)
             run.average.update(progress.updates + 1)
         scaler.update()
@@ -108,17 +119,18 @@ def train(run: Training, progress: Progress) -> Progress:
         if verdict is Verdict.ROLL_BACK:
             progress = _rolled_back(run, progress, agreed.loss)
 
-        _log_step(run, progress, agreed, rate, norm.item(), time.monotonic() - started_at)
+        _log_step(run, progress, agreed, rate, norm.item())
         is_last = progress.step == plan.total_steps
         improved = False
         if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
             progress, improved = _validated(run, run.validation, progress)
         if wish.save or wish.stop or improved or is_last or progress.stopped_early:
             progress = _saved(run, progress)
-    return progress
+    return _ended(run, progress)
 
 
-def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float, elapsed_s: float) -> None:
+def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float) -> None:
+    rows, elapsed_s = run.plan.rows_in(progress.step), run.clock.elapsed_s()
     run.log.write(
         "step",
         step=progress.step,
@@ -127,32 +139,44 @@ def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, no
         loss=agreed.loss,
         lr=rate,
         grad_norm=norm,
-        rows_per_s=run.plan.rows_in(progress.step) / elapsed_s,
+        rows=rows,
+        rows_per_s=rows / elapsed_s,
+        step_s=elapsed_s,
+        **agreed.times(),
         updates=progress.updates,
         skipped=progress.skipped,
     )
+    is_last = progress.step == run.plan.total_steps
+    run.log.pace(progress.step, is_last or progress.step % run.plan.steps_per_epoch == 0)
 
 
 def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
     """Put back the last checkpoint that was due, and leave out the batches since. All ranks call it at once."""
+    progress = _settled(run, progress)
+    if not progress.anchor:
+        raise RunFailed(
+            f"training stopped at step {progress.step}: loss {loss:g}, and the checkpoint to go back to could not be "
+            f"written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
+        )
     found = run.checkpoints.opened(progress.anchor)
     progress = run.guard.rolled_back(progress, found.state.progress, loss)
     restore(found, run.model, run.optimizer, run.average)
     run.precision.scaler.load_state_dict(found.state.scaler)
     made = progress.rollbacks[-1]
-    run.log.write("note", step=progress.step, text=f"rolled back {made}")
+    run.log.write("note", step=progress.step, text=f"rolled back {made}", undone_from=made.first_step)
     run.event("rolled back", checkpoint=found.folder.name, **msgspec.to_builtins(made))
     return progress
 
 
 def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
     """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
+    started_at = time.monotonic()
     with run.average.in_place():
         figures = validation.figures(run.model)
     metric = run.job.validation.best
     best = validate.judge(progress.best, metric, figures[metric], progress.step)
     improved = best.step == progress.step
-    run.log.write("validation", step=progress.step, **figures, best=improved)
+    run.log.write("validation", step=progress.step, **figures, best=improved, elapsed_s=time.monotonic() - started_at)
     progress = msgspec.structs.replace(
         progress,
         best=best,
@@ -163,7 +187,9 @@ def _validated(run: Training, validation: Validation, progress: Progress) -> tup
 
 
 def _saved(run: Training, progress: Progress) -> Progress:
-    """Progress after writing a checkpoint of this step. All ranks call it at once."""
+    """Progress after a copy for the checkpoint of this step was made; it is written while training goes on. All ranks
+    call it at once."""
+    progress = _settled(run, progress)
     if run.plan.checkpoint_every_steps and progress.step % run.plan.checkpoint_every_steps == 0:
         progress = msgspec.structs.replace(progress, anchor=run.checkpoints.name_of(progress.step))
     run.checkpoints.save(
@@ -177,4 +203,38 @@ def _saved(run: Training, progress: Progress) -> Progress:
             optimizer=settings_of(run.optimizer),
         ),
     )
+    run.log.write("checkpoint", step=progress.step, stall_s=run.checkpoints.stalled_s())
     return progress
+
+
+def _settled(run: Training, progress: Progress) -> Progress:
+    """Progress once the checkpoint in flight, if there is one, is whole, or else without it. All ranks call it at once.
+
+    Raises:
+        RunFailed: It could not be written, and neither could the one before.
+    """
+    ended = run.checkpoints.settle()
+    if ended is None:
+        return progress
+    if ended.waited_s > _LONG_WAIT_S:
+        text = f"waited {ended.waited_s:.1f} s for the checkpoint of step {ended.step:,}"
+        run.log.write("note", step=progress.step, text=text)
+    if not ended.error:
+        return progress
+    run.event("checkpoint failed", checkpoint=ended.name, reason=ended.error)
+    left = f"the last whole one is {run.checkpoints.written}" if run.checkpoints.written else "there is none before it"
+    text = f"the checkpoint of step {ended.step:,} can't be written: {ended.error}; {left}"
+    if ended.in_a_row > 1:
+        raise RunFailed(f"{text}. {ended.in_a_row} in a row failed: make room or mend the storage, and run this again")
+    run.log.write("note", step=progress.step, text=f"{text}; going on")
+    return progress.without(ended.name, ended.kept)
+
+
+def _ended(run: Training, progress: Progress) -> Progress:
+    """Progress when the last checkpoint is whole; what could not be written is tried once more."""
+    settled = _settled(run, progress)
+    if run.checkpoints.again():
+        settled = _settled(run, progress)
+    if stalled_s := run.checkpoints.stalled_s():
+        run.log.write("checkpoint", step=progress.step, stall_s=stalled_s)
+    return settled

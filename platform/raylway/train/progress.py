@@ -65,3 +65,20 @@ class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             skipped_in_a_row=0 if updated else self.skipped_in_a_row + 1,
             losses=losses,
         )
+
+    def without(self, lost: str, kept: Progress) -> Progress:
+        """After a checkpoint could not be written: what is best, and where to go back to, is in none that is not there.
+
+        Args:
+            lost: Its folder.
+            kept: In the checkpoint before, which is whole.
+        """
+        best, best_checkpoint, anchor = self.best, self.best_checkpoint, self.anchor
+        if best_checkpoint == lost:
+            # The validation of the lost one, and those since, were no better ones after all.
+            since = kept.best.worse_since + 1 + best.worse_since
+            best = msgspec.structs.replace(kept.best, worse_since=since) if kept.best_checkpoint else Best()
+            best_checkpoint = kept.best_checkpoint
+        if anchor == lost:
+            anchor = kept.anchor
+        return msgspec.structs.replace(self, best=best, best_checkpoint=best_checkpoint, anchor=anchor)

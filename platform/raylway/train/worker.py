@@ -5,16 +5,18 @@ Torch is imported inside: the driver imports this file to name the function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import starts
 from raylway.runs.run import Run
-from raylway.train import failures
+from raylway.train import failures, resizing
 from raylway.train.failures import Failure
 from raylway.train.plan import Plan
 
@@ -84,6 +86,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         Ray Train would take an exception for a reason to start again.
 
     Raises:
+        Resized: There is room for another number of workers; the checkpoint is written.
         Exception: A fault after which to start again: lost peers, a failing machine, or a bug of ours.
     """
     task = msgspec.convert(config, Assignment)
@@ -92,12 +95,19 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = Groups.create(task.plan.division), Run(Path(task.run)), Job.model_validate_json(task.job)
+    groups, run, job = (
+        Groups.create(task.plan.division),
+        Run(storage.place(task.run)),
+        Job.model_validate_json(task.job),
+    )
     start = _start(task, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
     try:
         return msgspec.to_builtins(_train(task, job, run, groups, start))
+    except resizing.Resized as error:  # no failure
+        _leave(error)
+        raise
     except Exception as error:
         users_folders = task.import_paths if job.model.kind != "mlp" else []
         failure = failures.blame(error, start.attempt, groups.rank, users_folders)
@@ -121,7 +131,7 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
     answer = _Answer()
     if groups.rank == 0:
         broken: dict[str, str] = {}
-        found = checkpoint.newest(run.checkpoints, broken)
+        found = checkpoint.newest(run, broken)
         for folder, reason in broken.items():
             run.log("checkpoint skipped", checkpoint=folder, reason=reason)
         from_step = found.manifest.step if found else 0
@@ -141,8 +151,15 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
-    progress = loop.train(training, progress)
-    last = training.checkpoints.written or start.checkpoint
+    training.event(starts.ASSEMBLED)
+    is_elastic = task.plan.fewest_workers is not None
+    if is_elastic and groups.rank == 0:
+        training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
+    with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
+        progress = loop.train(training, progress)
+    if is_elastic and progress.step < task.plan.total_steps and not progress.stopped_early:
+        resizing.leave(groups, run)
+    last = training.checkpoints.written
     return Report(
         step=progress.step,
         updates=progress.updates,

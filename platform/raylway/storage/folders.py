@@ -1,8 +1,4 @@
-"""Files that are whole or absent: atomic writes, typed records, checksums. Local folders.
-
-Everything that Raylway keeps goes through here, so that a process killed between any two instructions never leaves a
-half-written file under its final name.
-"""
+"""Folders of this machine: files that are whole or absent, folders that appear at once, and who may write."""
 
 from __future__ import annotations
 
@@ -15,36 +11,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-import msgspec
 import xxhash
 
 from raylway.errors import UserError
 
-Record = TypeVar("Record")
 _CHUNK_BYTES = 1 << 22
 _STAGING_PREFIX = ".staging-"
 _JUST_MADE_S = 60.0
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the operating system says where nothing more can be written."""
 
 
-def prepare_root(storage: str) -> Path:
-    """Create the storage folder and prove that it can be written; return it absolute.
+def require_writable(root: Path) -> None:
+    """Create a folder and prove that it can be written.
 
     Raises:
-        UserError: The folder is a bucket address, is a file, or can't be written.
+        UserError: It is a file, or can't be written.
     """
-    if "://" in storage:
-        raise UserError(
-            "storage must be a folder",
-            where="storage",
-            expected="a path without ://",
-            found=storage,
-            fix="name a folder that every node of the cluster sees, such as /shared/runs",
-        )
-    root = Path(os.path.expanduser(storage)).absolute()  # noqa: PTH111 - takes the name of no user too
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f"{_STAGING_PREFIX}{secrets.token_hex(6)}"
@@ -52,7 +36,6 @@ def prepare_root(storage: str) -> Path:
         probe.unlink()
     except (OSError, ValueError) as error:  # the latter for a name with a NUL
         raise _unwritable("storage", f"{root}: {getattr(error, 'strerror', None) or error}") from None
-    return root
 
 
 @contextmanager
@@ -65,7 +48,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         raise _unwritable(str(folder), os.strerror(error.errno)) from None
 
@@ -93,30 +76,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def write_record(path: Path, record: object) -> None:
-    """Write a msgspec record (or plain JSON value) as indented JSON, atomically."""
-    write_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-
-
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read what `write_record` wrote.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UserError: The file is not a record of this kind.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the file is damaged or of another version",
-            where=str(path),
-            expected=f"a {kind.__name__} record",
-            found=str(error),
-            fix="remove the folder that holds it and run the job again",
-        ) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -184,3 +143,9 @@ def _remove_abandoned(parent: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def discard(path: Path, scratch: Path) -> None:
+    """Remove a file or folder at once; whoever reads it goes on. `scratch` is a folder of the same file system."""
+    with scratch_folder(scratch, path.name) as folder, suppress(FileNotFoundError):
+        path.rename(folder / path.name)
