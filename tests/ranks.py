@@ -6,6 +6,7 @@ The processes are forked from a server that has imported torch once, so a group 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from made_prepared import make
 
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import journal
 from raylway.runs.run import Run
+from raylway.storage import Place, buckets
 from raylway.train import worker
 from raylway.train.plan import Plan, plan
 
@@ -31,7 +34,7 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "ranks"])
 class Case:
     """One job on prepared rows, in a folder of its own."""
 
-    folder: Path
+    folder: Place
     prepared: Prepared
     train: dict[str, Any]
     """The job's section."""
@@ -42,7 +45,8 @@ class Case:
     @property
     def run(self) -> Run:
         run = Run(self.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(run.folder, Path):
+            run.folder.mkdir(parents=True, exist_ok=True)
         return run
 
     @property
@@ -82,7 +86,7 @@ class Case:
         return self._lines("validation")
 
     def _lines(self, kind: str) -> list[dict[str, Any]]:
-        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
+        lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
         return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:
@@ -118,16 +122,24 @@ class Ranks:
         workers: How many ranks.
         folder: For the rendezvous.
         exact: Our own model computes in float64.
+        variables: Of the environment, to a bucket; the ranks give it up after two seconds.
     """
 
-    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path, exact: bool = False) -> None:
+    def __init__(
+        self,
+        assignments: list[dict[str, Any]],
+        workers: int,
+        folder: Path,
+        exact: bool = False,
+        variables: dict[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
         self._pipes, self.processes = [], []
         for rank in range(workers):
             mine, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_rank, args=(assignments, rank, workers, store, theirs, exact), daemon=True
+                target=_rank, args=(assignments, rank, workers, store, theirs, exact, variables or {}), daemon=True
             )
             process.start()
             theirs.close()
@@ -164,10 +176,21 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     return reports[0]
 
 
-def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any, exact: bool) -> None:
+def _rank(
+    assignments: list[dict[str, Any]],
+    rank: int,
+    workers: int,
+    store: str,
+    pipe: Any,
+    exact: bool,
+    variables: dict[str, str],
+) -> None:
     import torch
     import torch.distributed as dist
 
+    if variables:
+        os.environ.update(variables)
+        buckets.GIVE_UP_AFTER_S = 2.0
     if exact:
         torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)

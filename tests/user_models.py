@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,7 @@ class Watched(Net):
     def _act(self, rank: int) -> None:
         acts = self._acts
         if self._passes == acts.get("until") and rank == acts.get("rank", rank):
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
+            _let_it_be_written()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
@@ -98,8 +97,20 @@ class Watched(Net):
                 raise KeyError("a mistake of the user's")
             case "fault":
                 raise OSError("a machine's fault")
+            case "wait":
+                _let_it_be_written()
+                Path(acts["once"] + ".waits").touch()
+                while not Path(acts["once"] + ".goes-on").exists():
+                    time.sleep(0.01)
             case "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+
+
+def _let_it_be_written() -> None:
+    """The checkpoint in flight."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def watched(
@@ -107,7 +118,7 @@ def watched(
 ) -> nn.Module:
     """Args:
     act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 KiB;
-        a checkpoint is larger.
+        a checkpoint is larger. `wait`: until there is a file as `once` with `.goes-on` behind it.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.

@@ -6,10 +6,12 @@ itself, and what workers of an attempt whose driver was killed still write count
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from raylway.errors import RunFailed, UserError
 from raylway.runs import journal
 from raylway.storage import Place
 
@@ -35,8 +37,9 @@ class MetricsLog:
         return self._lines.size
 
     def close(self) -> None:
-        """After the last line."""
-        self._lines.close()
+        """After the last line: what came behind the last checkpoint is kept as far as that goes."""
+        with suppress(OSError, UserError, RunFailed):
+            self._lines.close()
 
     def sync(self) -> None:
         """Return when what was written is where it should be. Called from the thread that writes checkpoints."""
