@@ -61,11 +61,12 @@ class Case:
             }
         )
 
-    def plan(self, workers: int) -> Plan:
+    def plan(self, workers: int | None) -> Plan:
+        """None: what the job says of workers."""
         manifest = self.prepared.manifest
-        job = self.job.model_copy(update={"train": self.job.train.model_copy(update={"workers": workers})})
+        given = {} if workers is None else {"workers": workers}
         return plan(
-            job,
+            self.job.model_copy(update={"train": self.job.train.model_copy(update=given)}),
             manifest.signature.task,
             manifest.account.train,
             manifest.account.validation,
@@ -74,19 +75,25 @@ class Case:
             0,
         )
 
-    def assignment(self, workers: int, launch: str = "launch") -> dict[str, Any]:
+    def assignment(self, workers: int | None, launch: str = "launch") -> dict[str, Any]:
         return worker.assignment(self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch)
 
     def steps(self) -> list[dict[str, Any]]:
         """The step lines of metrics.jsonl."""
-        return self._lines("step")
+        return self.lines("step")
 
     def validations(self) -> list[dict[str, Any]]:
         """The validation lines."""
-        return self._lines("validation")
+        return self.lines("validation")
 
+<<<<<<< HEAD
     def _lines(self, kind: str) -> list[dict[str, Any]]:
         lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
+=======
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """Those of one kind."""
+        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
+>>>>>>> main
         return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:

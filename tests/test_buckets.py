@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,15 +19,21 @@ import made as making
 import made_prepared
 import msgspec
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import stores
+import torch
+from commands import environment, raylway, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from preparing import job, prepare_elsewhere
+from safetensors.torch import load_file
 from test_storage import counted, named
+from typer.testing import CliRunner
 
-from raylway import storage
+from raylway import cli, storage
 from raylway.bundle import artefact, contents
 from raylway.bundle.predictor import Predictor
 from raylway.data import engine, pieces, prepare
@@ -282,3 +291,120 @@ def test_runs_of_a_bucket_are_found_by_all_their_names(root: Address, tmp_path: 
     assert load_job(find_run(root, "run0").job).job == loaded.job
     with pytest.raises(UserError, match=r"no such run(.|\n)*s3://rows/"):
         find_run(root, "nothing")
+
+
+def test_a_job_in_a_bucket_from_raw_rows_to_answers(
+    root: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the commands that people give; nothing is left in the folder, and no secret anywhere."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "rows.csv").write_text(ROWS)
+    data = {"source": "rows.csv", "target": "y", "clean": {"max_invalid": "5%"}}
+    job(folder, data, train={"for": "30 steps", "checkpoint": {"every": "10 steps", "keep": 1}})
+    done = raylway("run", "job.yaml", "--set", f"storage={root}", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert str(root) in done.stdout and stores.SECRET not in done.stdout + done.stderr
+    assert {path.name for path in folder.iterdir()} == {"job.yaml", "rows.csv"}
+    found = everything(root)
+    assert not [name for name, content in found.items() if stores.SECRET.encode() in content]
+    run = find_run(root, "latest")
+    assert [stage.status for stage in run.record.stages.values()] == ["done"] * 5
+    lines = [msgspec.json.decode(line) for line in journal.read(run.metrics).splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 31))
+    assert not (run.folder / "lease.json").exists()
+
+    monkeypatch.chdir(folder)
+    with storage.here(run.predictions) as path:
+        answers = {row["row_id"]: row for row in pq.read_table(path).to_pylist()}
+    assert len(answers) == run.record.stages["evaluate"].facts.get("rows", len(answers)) > 50
+    predicted = pd.read_csv(io.StringIO(command("predict", "latest", "rows.csv", "--storage", root, code=1)))
+    assert len(predicted) == 402
+    both = predicted[predicted["row_id"].isin(answers)]
+    np.testing.assert_array_equal(
+        both["p_a"].to_numpy(np.float32), np.array([answers[row]["p_a"] for row in both["row_id"]], np.float32)
+    )
+    row = next(iter(answers.values()))
+    shown = json.loads(command("show", run.folder, "--row", row["row_id"], "--storage", root, "--json"))
+    assert (shown["side"], shown["prediction"]["prediction"]) == ("test", row["prediction"])
+    assert "1 rows in quarantine; 1 duplicates" in command("quarantine", "made", "--storage", root)
+    assert "no input has drifted" in command("drift", "latest", "rows.csv", "--storage", root)
+    assert "finished" in command("runs", "--storage", root)
+    assert command("report", "latest", "--storage", root).strip() == str(run.report)
+    again = raylway("run", "job.yaml", "--set", f"storage={root}", folder=folder)
+    assert "finished; nothing to do" in again.stderr and everything(root).keys() == found.keys()
+
+
+@pytest.mark.long
+def test_a_bucket_serves_over_http(root: Address, tmp_path: Path) -> None:
+    local = making.fruit().stage(tmp_path / "bundle")
+    (tmp_path / "job.yaml").write_text("name: made\ndata: {source: a.csv, target: y}\n")
+    run = Run(root / "made" / "run0")
+    run.create(load_job(tmp_path / "job.yaml"), "f" * 32)
+    for name, content in everything(local).items():
+        storage.write_bytes(run.bundle / name, content)
+    table = pa.table({"length": [1.0], "width": [2.0], "colour": ["red"]})
+    expected = Predictor(local).predict(table)
+    with serving("latest", "--storage", str(root), folder=tmp_path) as client:
+        answer = client.post("/predict", json={"rows": table.to_pylist()}).json()
+    assert answer["predictions"] == expected.labels
+    assert expected.probabilities is not None
+    assert np.float32(list(answer["probabilities"][0].values())).tolist() == expected.probabilities[0].tolist()
+
+
+@pytest.mark.long
+def test_a_command_killed_over_a_bucket_ends_as_the_unbroken_one_in_a_folder(root: Address, tmp_path: Path) -> None:
+    """To the last bit of the weights. Killed twice, whenever another checkpoint is whole."""
+    (tmp_path / "rows.csv").write_text(ROWS)
+    data = {"source": "rows.csv", "target": "y", "clean": {"max_invalid": "5%"}}
+    job(tmp_path, data, train={"for": "3000 steps", "checkpoint": {"every": "100 steps", "keep": 2}})
+    assert raylway("run", "job.yaml", "--set", f"storage={tmp_path / 'runs'}", folder=tmp_path).returncode == 0
+    words = [sys.executable, "-m", "raylway", "run", "job.yaml", "--set", f"storage={root}"]
+    for _ in range(2):
+        before = {name for name in everything(root) if name.endswith("-a001/manifest.json")}
+        process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 200
+        while not {name for name in everything(root) if "checkpoints" in name and name.endswith(MANIFEST)} - before:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9
+        time.sleep(4)  # its Ray ends
+    done = raylway("run", "job.yaml", "--set", f"storage={root}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    here, there = find_run(tmp_path / "runs", "latest"), find_run(root, "latest")
+    ours, theirs = (load_file(contents.load(run.bundle).folder / contents.WEIGHTS) for run in (there, here))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [msgspec.json.decode(line) for line in journal.read(there.metrics).splitlines()]
+    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 3001))
+
+
+@pytest.mark.long
+def test_a_bucket_that_goes_away_ends_the_run_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is killed while training writes to it."""
+    (tmp_path / "rows.csv").write_text(ROWS)
+    (tmp_path / "server").mkdir()
+    data = {"source": "rows.csv", "target": "y", "clean": {"max_invalid": "5%"}}
+    job(tmp_path, data, train={"for": "1000000 steps", "checkpoint": {"every": "200 steps", "keep": 2}})
+    monkeypatch.setenv("RAYLWAY_CACHE", str(tmp_path / "cache"))
+    with stores.s3(tmp_path / "server") as server:
+        root = storage.place(named(monkeypatch, server).address("runs"))
+        words = [sys.executable, "-m", "raylway", "train", "job.yaml", "--set", f"storage={root}"]
+        process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 200
+        while not [name for name in everything(root) if "checkpoints" in name and name.endswith(MANIFEST)]:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+    _, said = process.communicate(timeout=buckets.GIVE_UP_AFTER_S * 4)
+    assert process.returncode == 1, said
+    assert said.count("error: ") == 1 and "can't be reached" in said and stores.SECRET not in said
+    assert "Traceback" not in said
+
+
+def command(*words: object, code: int = 0) -> str:
+    """What a command of this process prints."""
+    done = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return str(done.stdout)

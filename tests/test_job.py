@@ -55,7 +55,7 @@ def test_the_keys_are_these() -> None:
         data.clean data.clean.missing data.clean.duplicates data.clean.invalid data.clean.max_invalid
         data.clean.infinite
         data.split data.split.by data.split.column data.split.at data.split.validation data.split.test
-        model model.kind model.hidden model.dropout model.args
+        model model.kind model.hidden model.dropout model.compile model.args
         train train.for train.global_batch train.microbatch train.precision
         train.optimizer train.optimizer.kind train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
         train.optimizer.ema

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
+from typing import ClassVar
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylway.train.feed.order import Order, num_microbatches, random_seed, share
+from raylway.train.feed.order import Order, Window, num_microbatches, random_seed, share
 
 SHARDS = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 LANES = st.sampled_from([1, 2, 5, 64])
@@ -68,6 +71,105 @@ def test_epochs_and_seeds_differ(shards: list[int], lanes: int) -> None:
         np.concatenate(epoch(Order(shards, seed, lanes), number, 16)).tolist() for seed in (0, 1) for number in (0, 1)
     ]
     assert len({tuple(rows) for rows in orders}) == 4
+
+
+ATTEMPTS = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 25), st.integers(0, 6)), max_size=4)
+"""Workers of an attempt, the steps that it makes, and how many of them are lost with it."""
+
+
+STORIES = given(shards=SHARDS, lanes=LANES, seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 60), attempts=ATTEMPTS)
+
+
+@STORIES
+def test_resumes_and_resizes_change_no_batch_and_repeat_no_row(
+    shards: list[int], lanes: int, seed: int, batch: int, attempts: list[tuple[int, int, int]]
+) -> None:
+    """Each attempt begins with orders of its own, one for each rank, behind the steps that are kept."""
+    num_rows = sum(shards)
+    kept: list[np.ndarray] = []
+    steps_per_epoch = math.ceil(num_rows / batch)
+    for workers, steps, lost in [*attempts, (2, 2 * steps_per_epoch, 0)]:
+        orders = [Order(shards, seed, lanes) for _ in range(workers)]
+        first = len(kept)
+        for step in range(first, first + steps):
+            parts = [order.positions(step, batch, rank, workers) for rank, order in enumerate(orders)]
+            kept.append(np.concatenate(parts))
+        del kept[max(first, len(kept) - lost) :]
+    whole = Order(shards, seed, lanes)
+    assert all((rows == whole.positions(step, batch)).all() for step, rows in enumerate(kept))
+    for start in range(0, len(kept) - steps_per_epoch + 1, steps_per_epoch):
+        seen = np.concatenate(kept[start : start + steps_per_epoch])
+        assert (np.sort(seen) == np.arange(num_rows)).all()
+
+
+@pytest.mark.long
+def test_a_thousand_resumed_and_resized_runs() -> None:
+    settings(max_examples=1_000)(test_resumes_and_resizes_change_no_batch_and_repeat_no_row)()
+
+
+class Scale:
+    """A billion rows on 4,096 ranks: 10,000 shards of about 100,000 rows, none as long as another."""
+
+    ROWS, RANKS, LANES, BATCH = 1_000_000_000, 4_096, 64, 65_536
+    SHARDS: ClassVar[list[int]] = [100_000 - 5_000 + number for number in range(10_000)]
+    SHARDS[-1] += ROWS - sum(SHARDS)
+    STEPS = math.ceil(ROWS / BATCH)
+
+
+def test_the_windows_of_a_billion_rows_hold_each_row_once() -> None:
+    """All windows of an epoch, as the spans of rows that they shuffle: laid side by side they are all rows."""
+    order = Order(Scale.SHARDS, 5, Scale.LANES)
+    assert order.num_rows == Scale.ROWS
+    spans = []
+    for lane in range(Scale.LANES):
+        window = Window(3, lane, 0)
+        while window.epoch == 3:
+            spans.append(order.spans(window))
+            window = order.after(window)
+    first, count = np.concatenate(spans)[np.argsort(np.concatenate(spans)[:, 0])].T
+    assert first[0] == 0
+    assert (first[1:] == first[:-1] + count[:-1]).all()
+    assert first[-1] + count[-1] == Scale.ROWS
+    # Each span is in one shard, so a rank knows what to fetch.
+    ends = np.cumsum(Scale.SHARDS)
+    assert (np.searchsorted(ends, first, side="right") == np.searchsorted(ends, first + count - 1, side="right")).all()
+
+
+@pytest.mark.parametrize("step", [0, 9_000, Scale.STEPS - 1])
+def test_4096_ranks_divide_a_step_of_a_billion_rows(step: int) -> None:
+    """The first step, one on the way, and the last and short one."""
+    order = Order(Scale.SHARDS, 5, Scale.LANES)
+    parts = [order.positions(step, Scale.BATCH, rank, Scale.RANKS) for rank in range(Scale.RANKS)]
+    rows = np.concatenate(parts)
+    assert (rows == order.positions(step, Scale.BATCH)).all()
+    assert len(np.unique(rows)) == len(rows) == order.step_rows(step, Scale.BATCH)
+    assert rows.min() >= 0
+    assert rows.max() < Scale.ROWS
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    # They are rows of the windows that the step says it reads.
+    whole = np.concatenate([order.spans(window) for window in order.windows(step, Scale.BATCH)])
+    first, count = whole[np.argsort(whole[:, 0])].T
+    inside = np.searchsorted(first, rows, side="right") - 1
+    assert (rows < first[inside] + count[inside]).all()
+
+
+def test_a_rank_of_4096_holds_little_and_keeps_to_its_lanes() -> None:
+    order = Order(Scale.SHARDS, 5, Scale.LANES)
+    rank = 2_047
+    tracemalloc.start()
+    windows = set()
+    for step in range(0, 2 * Scale.STEPS, 397):  # over two epochs
+        order.positions(step, Scale.BATCH, rank, Scale.RANKS)
+        windows.update(order.windows(step, Scale.BATCH, rank, Scale.RANKS))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len({window.lane for window in windows}) <= Scale.LANES // Scale.RANKS + 2
+    # Positions of a window are 8 bytes for each of 200,000 rows; sorting it takes as much again, twice.
+    assert peak < 16 * 2**20
+    spans = np.concatenate([order.spans(window) for window in windows])
+    shards = np.unique(np.searchsorted(np.cumsum(Scale.SHARDS), spans[:, 0], side="right"))
+    assert len(shards) <= 2 * (len(Scale.SHARDS) // Scale.LANES + 2)
 
 
 def test_all_of_small_data_is_one_window() -> None:

@@ -238,7 +238,7 @@ def test_a_spike_is_a_loss_beyond_so_many_deviations(losses: list[float], loss: 
         return
     progress = Progress(step=20, losses=losses, anchor="step-00000020-a001")
     found = guard(then="rollback", deviations=deviations).judge(
-        progress, Agreed(loss, True, Wish(), 0), torch.tensor(1.0)
+        progress, Agreed(loss, True, Wish(), 0, np.zeros((1, 2))), torch.tensor(1.0)
     )
     assert found is (Verdict.ROLL_BACK if loss > limit else Verdict.UPDATE)
 

@@ -21,6 +21,7 @@ from user_models import FOLDER
 from raylway.errors import UserError
 from raylway.job.load import LoadedJob
 from raylway.launch.capacity import Capacity, Node
+from raylway.runs import starts as starting
 from raylway.runs.progress import Reporter
 from raylway.train import trainer
 
@@ -62,8 +63,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 def test_a_worker_killed_mid_epoch_changes_no_bit(
     tmp_path: Path, ray_session: None, unbroken: dict[str, np.ndarray]
 ) -> None:
+    """Of a group that may change its size, and has no reason to."""
     marker = tmp_path / "killed"
-    broken = case(tmp_path, TRAIN, act="kill", at=13, rank=1, once=str(marker))
+    train = TRAIN | {"workers": {"min": 1, "max": 2}}
+    broken = case(tmp_path, train, act="kill", at=13, rank=1, once=str(marker))
     outcome = trainer.train(loaded(broken), broken.run, broken.prepared, FOUR_CPUS, Reporter("lines"))
     assert marker.exists(), "the kill happened"
     assert (outcome.last_step, outcome.updates, outcome.attempts) == (32, 32, 2)
@@ -72,7 +75,12 @@ def test_a_worker_killed_mid_epoch_changes_no_bit(
     assert [step["step"] for step in broken.steps()] == list(range(1, 33))
     events = [json.loads(line) for line in broken.run.events.read_text().splitlines()]
     starts = [event for event in events if event["event"] == "attempt started"]
-    assert [start["from_step"] for start in starts] == [0, 12]
+    assert [(start["from_step"], start["workers"]) for start in starts] == [(0, 2), (12, 2)]
+    assert outcome.resized is None
+    first, second = starting.starts(events)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert list(first.stages) == list(starting.STAGES.values())
+    assert list(second.stages) == list(starting.STAGES.values())[1:]  # the controller stays
     assert not (broken.run.folder / ".ray-train").exists()
 
     # Finished: a second start makes no step.

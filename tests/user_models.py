@@ -72,6 +72,8 @@ class Watched(Net):
         if self.training and torch.is_grad_enabled():
             self._passes += 1
             self._act(_rank())
+            if Path(self._acts.get("slow", "")).is_file():
+                time.sleep(0.1)
             if "record" in self._acts:
                 with (Path(self._acts["record"]) / f"rank-{_rank()}.jsonl").open("a") as file:
                     seen = {"rows": numeric[:, 0].tolist(), "draw": torch.rand(1, dtype=torch.float64).item()}
@@ -80,6 +82,8 @@ class Watched(Net):
 
     def _act(self, rank: int) -> None:
         acts = self._acts
+        if acts.get("act") == "sleep" and rank == acts["rank"]:
+            time.sleep(acts["seconds"])
         if self._passes == acts.get("until") and rank == acts.get("rank", rank):
             _let_it_be_written()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -91,7 +95,10 @@ class Watched(Net):
                 return
             marker.write_text(str(os.getpid()))
         match acts["act"]:
+            case "mark":
+                pass
             case "kill":
+                _let_it_be_written()
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise KeyError("a mistake of the user's")
@@ -117,12 +124,14 @@ def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`, or `full`: from here on this process can write no file of more than 64 KiB;
-        a checkpoint is larger. `wait`: until there is a file as `once` with `.goes-on` behind it.
+    act: `kill`, once the checkpoint in flight is written; `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`,
+        no more than the file of `once`; `wait` until there is a file as `once` with `.goes-on` behind it; or `full`:
+        from here on this process can write no file of more than 64 KiB; a checkpoint is larger.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
     once: A file that is made by the act, and prevents another.
+    slow: As long as there is this file, each pass takes a tenth of a second.
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
@@ -172,3 +181,29 @@ def raising(num_numeric: int, category_counts: list[int], num_outputs: int) -> n
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class Branching(Net):
+    """Looks at a value of a tensor in its forward pass, on one rank or on all: no graph can hold that."""
+
+    def __init__(self, width: int, outputs: int, rank: int | None) -> None:
+        super().__init__(width, outputs)
+        self._rank = rank
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self._rank in (None, _rank()) and self.out.bias.sum().item() > 1e9:
+            raise OverflowError
+        return super().forward(numeric, categorical)
+
+
+def branching(num_numeric: int, category_counts: list[int], num_outputs: int, rank: int | None) -> nn.Module:
+    return Branching(num_numeric, num_outputs, rank)
+
+
+def without_compiler(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    """`net`, in a process in which torch finds no C++ compiler, and no graphs of earlier ones."""
+    import torch._inductor.config as settings
+
+    settings.cpp.cxx = ("/nowhere/g++",)
+    settings.force_disable_caches = True
+    return net(num_numeric, category_counts, num_outputs)

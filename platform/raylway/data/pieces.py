@@ -60,6 +60,10 @@ class Keyed(msgspec.Struct, frozen=True):
     item: Item
     key: str
 
+    @property
+    def name(self) -> str:
+        return self.item.name
+
 
 def keyed(item: Item, reading: Reading) -> Keyed:
     """The item with its key."""
@@ -204,7 +208,8 @@ def _named(root: Place) -> set[str]:
     named: set[str] = set()
     for each in storage.children(root):
         if each.name != FOLDER and (each / MANIFEST).exists():
-            named.update(msgspec.json.decode((each / USED).read_bytes(), type=list[str]))
+            with suppress(FileNotFoundError, msgspec.DecodeError):  # damaged: its pieces are read again when asked for
+                named.update(msgspec.json.decode((each / USED).read_bytes(), type=list[str]))
     return named
 
 

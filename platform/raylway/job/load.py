@@ -214,7 +214,8 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    node[parts[-1]] = _plain(_parsed(value, f"--set {text}"))
+    # a shell takes the quotes of `decimal=","` away, and a comma alone is no YAML
+    node[parts[-1]] = "," if value == "," else _plain(_parsed(value, f"--set {text}"))
     places[".".join(parts)] = f"--set {key.strip()}"
 
 
@@ -253,10 +254,11 @@ def _sentence(dotted: str, key: Key, problems: list[dict[str, Any]]) -> str:
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"the key {dotted!r} is missing; it has no default"
+    rules = [problem for problem in problems if problem["type"] == "value_error" and isinstance(problem["input"], dict)]
+    if rules:  # the section was meant: what it takes is said, and not what else could stand there
+        return f"{dotted or 'job'}: {_expectation(rules[0])}"
     branches = list(dict.fromkeys(_expectation(problem) for problem in problems))
     expected = " or ".join([branches[0], *(branch.removeprefix("expected ") for branch in branches[1:])])
-    if isinstance(first["input"], dict) and first["type"] == "value_error":
-        return f"{dotted or 'job'}: {expected}"
     return f"{dotted or 'job'}: {expected}; found {_shown(first['input'])}"
 
 

@@ -71,6 +71,21 @@ class Schedule(Section):
         return self
 
 
+class Elastic(Section):
+    """Workers that come and go with the machines of the cluster."""
+
+    min: Count = 1
+    """Training starts, and goes on, as soon as there are so many."""
+    max: Count
+    """It grows up to these."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min >= self.max:
+            raise ValueError(f"expected min to be below max ({self.max}); found {self.min}")
+        return self
+
+
 class Resources(Section):
     """What one training worker gets."""
 
@@ -130,9 +145,9 @@ class Train(Section):
     balance: Literal["none", "weights", "resample"] = "none"
     """Classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class); `resample`
     draws each class equally often, with as many rows an epoch as there are."""
-    workers: Count | Auto = "auto"
+    workers: Count | Elastic | Auto = "auto"
     """Training processes, those that share a copy of the model included. `auto`: one for each GPU of the cluster, or as
-    few as `parallel` needs."""
+    few as `parallel` needs. `{min: 1, max: 4}`: as many of these as there is room for, at each moment."""
     resources: Resources = Resources()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()

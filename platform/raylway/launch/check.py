@@ -65,11 +65,13 @@ class Findings:
     def _training(self) -> Iterator[str]:
         found, job = self.plan, self.loaded.job.train
         size = f"{found.cpus_per_worker} CPU" + (f" and {found.gpus_per_worker} GPU" if found.gpus_per_worker else "")
-        yield f"workers     {found.workers} with {size} each, {found.precision}"
+        room = ", as many as there is room for" if found.fewest_workers else ""
+        yield f"workers     {found.group} with {size} each{room}, {found.precision}{', compiled' * found.compile}"
         yield f"parallel    {found.division}"
         sharing = f"groups of {found.division.sharers}" if found.division.sharers > 1 else "workers"
+        among = f"{found.group} workers x at most" if found.fewest_workers else f"{found.data_ranks} {sharing} x"
         yield (
-            f"step        global batch {found.global_batch:,} = {found.data_ranks} {sharing} x {found.accumulation} "
+            f"step        global batch {found.global_batch:,} = {among} {found.accumulation} "
             f"microbatches of at most {found.microbatch:,} rows"
         )
         yield f"length      {found.total_steps:,} steps = {found.epochs:g} epochs of {found.steps_per_epoch:,} steps"
@@ -140,7 +142,7 @@ def check(loaded: LoadedJob) -> Findings:
             machine.gpus if machine else 0,
         )
         if machine:
-            machine.refuse_impossible(found.workers, found.cpus_per_worker, found.gpus_per_worker)
+            machine.refuse_impossible(found.needed_workers, found.cpus_per_worker, found.gpus_per_worker)
     return Findings(loaded, sample, found)
 
 

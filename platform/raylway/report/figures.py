@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 
@@ -13,7 +12,7 @@ from raylway.evaluate.record import Evaluation
 from raylway.report import curves
 from raylway.report.charts import COLOURS, Axis, Figure, Series, chart
 from raylway.report.words import figure, sentence_list
-from raylway.runs import journal
+from raylway.runs import pace
 from raylway.storage import Place
 
 _MOST_ROWS = 1_000_000
@@ -30,18 +29,16 @@ class History:
     """What training wrote to `metrics.jsonl`, by the name of the value; values that are not finite are left out."""
 
     def __init__(self, place: Place) -> None:
-        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}}
-        for line in journal.read(place).splitlines():
-            try:
-                record = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                continue  # the last line of a run that goes on while we read
+        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {"step": {}, "validation": {}, "pace": {}}
+        self.tally = pace.Tally()
+        for record in pace.lines(place):
+            self.tally.add(record)
             for name, value in record.items():
                 if record["kind"] in found and isinstance(value, int | float) and np.isfinite(value):
                     steps, values = found[record["kind"]].setdefault(name, ([], []))
                     steps.append(record["step"])
                     values.append(value)
-        self.steps, self.validations = (
+        self.steps, self.validations, self.paces = (
             {name: (np.array(steps, float), np.array(values, float)) for name, (steps, values) in columns.items()}
             for columns in found.values()
         )

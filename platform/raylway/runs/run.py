@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import msgspec
 import xxhash
 
 from raylway import __version__, storage
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.job.load import LoadedJob
 from raylway.runs import journal
 from raylway.storage import Place
@@ -126,7 +126,8 @@ class Run:
             yield facts
         except BaseException as error:
             status: Literal["failed", "interrupted"] = "failed" if isinstance(error, Exception) else "interrupted"
-            self._set(name, StageRecord(status, started, time.monotonic() - clock, facts))
+            with suppress(RunFailed):  # a bucket that is out of reach; what brought us here is told
+                self._set(name, StageRecord(status, started, time.monotonic() - clock, facts))
             raise
         self._set(name, StageRecord("done", started, time.monotonic() - clock, facts))
 

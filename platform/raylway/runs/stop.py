@@ -10,7 +10,6 @@ from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.storage import Place
 
-_NAME = "stop"
 _ASK_EVERY_S = 2.0
 
 
@@ -21,8 +20,11 @@ class StopWord:
         folder: The run's.
     """
 
+    name = "stop"
+    """Of the file."""
+
     def __init__(self, folder: Place) -> None:
-        self._place = folder / _NAME
+        self._place = folder / self.name
         self._heard = threading.Event()
         self._listener: threading.Thread | None = None
 
@@ -33,6 +35,10 @@ class StopWord:
     def take_back(self) -> None:
         """Before a start and after the end."""
         self._place.unlink(missing_ok=True)
+
+    def is_there(self) -> bool:
+        """Asked once, of a bucket too."""
+        return self._place.exists()
 
     def is_given(self) -> bool:
         """Asked at each step; of a bucket another thread asks now and then."""

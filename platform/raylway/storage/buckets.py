@@ -57,6 +57,11 @@ _TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".ya
 """What a browser is told of a file that is looked at there."""
 
 
+_silent: set[str] = set()
+"""Stores that this process has given up, until they answer again: they are asked once only, so that a run that fails
+for one of them ends at once."""
+
+
 @functools.total_ordering
 class Address:
     """A file or folder of a bucket. It has the words of `pathlib.Path` for all that both can do.
@@ -260,16 +265,20 @@ def tried(address: Address, operation: Callable[[], Done]) -> Done:
         UserError: The store refuses.
         RunFailed: It could not be reached for `GIVE_UP_AFTER_S`.
     """
-    give_up_at, wait = time.monotonic() + GIVE_UP_AFTER_S, _FIRST_WAIT_S
+    patience = 0.0 if address.scheme in _silent else GIVE_UP_AFTER_S
+    give_up_at, wait = time.monotonic() + patience, _FIRST_WAIT_S
     while True:
         try:
-            return operation()
+            result = operation()
+            _silent.discard(address.scheme)
+            return result
         except FAILURES as error:
             if getattr(error, "errno", None) is not None:
                 raise  # no object of this name, or this machine's own disk
             if _is_final(error):
                 raise unusable(str(address), str(address), error) from None
             if time.monotonic() + wait > give_up_at:
+                _silent.add(address.scheme)
                 raise RunFailed(
                     f"{address}: the bucket can't be reached, tried for {GIVE_UP_AFTER_S:g} s: {_words(error)}"
                 ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,11 +16,13 @@ from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.models import registry
+from raylway.runs import pace
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
 from raylway.train import checkpoint, optim, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import State
+from raylway.train.clock import Clock
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
 from raylway.train.feed.loader import Feed, Share
@@ -30,6 +33,7 @@ from raylway.train.loop import Training
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
+from raylway.train.resizing import ResizeWord
 from raylway.train.saving import Checkpoints
 from raylway.train.step import Wish
 from raylway.train.strategy import Groups
@@ -47,7 +51,7 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     # Rank 0 has just compared its contents (`worker`).
     found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
-    plan = _with_microbatch(task.plan, state)
+    plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(storage.place(task.prepared))
@@ -71,8 +75,9 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         order = Order([shard.rows for shard in prepared.shards("validation")], None)
         validation = Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
     progress = _with_whole(run, state.progress) if state else Progress()
-    log = MetricsLog(run.metrics, state.metrics_bytes if state else 0) if groups.rank == 0 else NoLog()
+    log = _log(run, start, state) if groups.rank == 0 else NoLog()
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
         seed=job.seed,
@@ -85,14 +90,41 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         average=average,
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
-        feed=_training_feed(job, plan, prepared, share, device),
+        feed=_training_feed(job, plan, prepared, share.filled(plan.rows_train) if plan.compile else share, device),
         validation=validation,
         checkpoints=checkpoints,
         log=log,
-        wish=Wishes(plan, StopWord(run.folder), checkpoints) if groups.rank == 0 else _no_wish,
+        clock=Clock(device),
+        wish=Wishes(plan, words, checkpoints) if groups.rank == 0 else _no_wish,
         event=run.log if groups.rank == 0 else _no_event,
     )
+    if plan.compile:
+        _compile(assembled, run, progress.step)
     return assembled, progress
+
+
+def _compile(assembled: Training, run: Run, step: int) -> None:
+    from raylway.train import compiled
+
+    def tell(reason: str) -> None:
+        run.log("not compiled", rank=assembled.groups.rank, reason=reason)
+        text = f"model.compile: {reason}; training goes on without it"
+        assembled.log.write("note", step=step, text=text)
+
+    began_at = time.monotonic()
+    compiled.warm_up(assembled.model, assembled.feed.filling(), tell)
+    assembled.event("compiler done", elapsed_s=time.monotonic() - began_at)
+
+
+def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
+    """Where rank 0 writes what happens, behind the steps that the run goes on from."""
+    from raylway.train import sinks  # for rank 0 only: it takes a moment
+
+    step = state.progress.step if state else 0
+    log = MetricsLog(run, state.metrics_bytes if state else 0, sinks.all_of(run, step))
+    if log.lost is not None:
+        run.log(pace.CONTINUES, attempt=start.attempt, from_step=step, **msgspec.structs.asdict(log.lost))
+    return log
 
 
 def _with_microbatch(plan: Plan, state: State | None) -> Plan:
@@ -136,19 +168,19 @@ class Wishes:
 
     Args:
         plan: How often.
-        stop: The word to stop.
+        words: Each of them is the word to stop.
         checkpoints: Of this attempt.
     """
 
-    def __init__(self, plan: Plan, stop: StopWord, checkpoints: Checkpoints) -> None:
-        self._plan, self._stop, self._checkpoints = plan, stop, checkpoints
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints) -> None:
+        self._plan, self._words, self._checkpoints = plan, words, checkpoints
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=self._stop.is_given(),
+            stop=any(word.is_given() for word in self._words),
             settle=self._checkpoints.has_ended,
         )
 

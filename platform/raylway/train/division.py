@@ -13,6 +13,7 @@ import msgspec
 
 from raylway.errors import UserError
 from raylway.job.schema import Job
+from raylway.job.training import Elastic
 
 CHUNKS_A_STAGE = 4
 """Microbatches for each stage of a pipeline when the job names no size: the stages then wait a fifth of the time."""
@@ -61,12 +62,15 @@ def division(job: Job) -> Division:
 
 
 def workers(job: Job, found: Division, gpus: int) -> int:
-    """Training processes: as many as the job says, or one for each GPU as far as whole copies go, or one copy.
+    """Training processes, at most: as many as the job says, or one for each GPU as far as whole copies go, or one copy.
 
     Raises:
         UserError: They do not make whole copies of the model.
     """
     wanted = job.train.workers
+    if isinstance(wanted, Elastic):
+        _refuse_parts_that_come_and_go(found, wanted)
+        return wanted.max
     if not isinstance(wanted, int):
         return max(1, gpus // found.parts) * found.parts
     if wanted % found.parts:
@@ -95,6 +99,18 @@ def refuse_short_pipeline(found: Division, microbatches: int) -> None:
         )
 
 
+def _refuse_parts_that_come_and_go(found: Division, wanted: Elastic) -> None:
+    """Ray counts workers, not copies: it would start three where a copy needs two."""
+    if found.kind != "none":
+        raise UserError(
+            "a model in parts needs a fixed number of workers",
+            where="train.workers",
+            expected=f"a multiple of {found.parts}: each machine that comes or goes must bring or take whole copies",
+            found=f"min {wanted.min}, max {wanted.max} with train.parallel.{found.kind} {found.parts}",
+            fix="name one number of workers, or leave train.parallel out",
+        )
+
+
 def _refuse_misfits(job: Job, found: Division) -> None:
     where, model = f"{_WHERE}.{found.kind}", job.model
     if model.kind != "mlp":
@@ -104,6 +120,13 @@ def _refuse_misfits(job: Job, found: Division) -> None:
             expected="1 for a model of your own",
             found=f"{found.parts} with model.kind {model.kind}",
             fix="leave train.parallel out: workers then train copies of the whole model",
+        )
+    if model.compile:
+        raise UserError(
+            "only whole copies of a model can be compiled",
+            where="model.compile",
+            expected="false beside train.parallel",
+            found=f"true with {found.kind} {found.parts}",
         )
     if job.train.precision == "fp16":
         raise UserError(

@@ -23,7 +23,8 @@ from raylway.runs import journal
 from raylway.runs.run import Run
 
 MOST_STARTS = 3
-"""Starts from one step within one launch: without progress a fourth would fail as well."""
+"""Starts from one step within one launch, of as many workers: without progress a fourth would fail as well. Another
+number of workers has tries of its own: machines that come and go are no failure."""
 _LOOK_FOR_S = 1.0
 """How long a rank that lost its peers looks for their record. It is written before the connection breaks."""
 _STARTED, _FAILED = "attempt started", "attempt failed"
@@ -65,9 +66,10 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
             its start was lost with the power.
 
     Raises:
-        RunFailed: This launch has started often enough from this step; carries the last cause.
+        RunFailed: This launch has started often enough from this step with as many workers; carries the last cause.
     """
-    same = [start for start in starts(run) if (start.launch, start.from_step) == (launch, from_step)]
+    wanted = (launch, from_step, workers)
+    same = [start for start in starts(run) if (start.launch, start.from_step, start.workers) == wanted]
     if len(same) >= MOST_STARTS:
         causes = [found.text[-1] for found in _events(run, _FAILED, Failure) if found.attempt == same[-1].attempt]
         cause = causes[0] if causes else "a worker's process ended without a word: killed, or out of memory"

@@ -27,6 +27,7 @@ from raylway.job.training import Train
 from raylway.train import optim, validate
 from raylway.train.average import Average
 from raylway.train.checkpoint import State, restore, settings_of, tensors_of
+from raylway.train.clock import Clock
 from raylway.train.feed.loader import Feed
 from raylway.train.feed.order import random_seed
 from raylway.train.guard import Guard, Verdict
@@ -63,6 +64,7 @@ class Training:
     """None without validation rows."""
     checkpoints: Checkpoints
     log: MetricsLog | NoLog
+    clock: Clock
     wish: Callable[[Progress], Wish]
     """What this rank would like after a step: a checkpoint, or an end."""
     event: Callable[..., None]
@@ -85,29 +87,31 @@ def train(run: Training, progress: Progress) -> Progress:
         RunFailed: Loss or gradient are not finite, or the loss jumps and the job says to stop then; on all ranks alike,
             before the weights are touched. Or checkpoints can't be written.
     """
-    plan, optimizer, scaler = run.plan, run.optimizer, run.precision.scaler
+    plan, optimizer, scaler, clock = run.plan, run.optimizer, run.precision.scaler, run.clock
     parameters = [parameter for parameter in run.model.module.parameters() if parameter.requires_grad]
     clip = run.job.clip or float("inf")
     wish = Wish()
     while progress.step < plan.total_steps and not progress.stopped_early and not wish.stop:
-        started_at = time.monotonic()
+        clock.start()
         batch = run.feed.step(progress.step)
+        clock.fed()
         seed_random(run.device, random_seed(run.seed, progress.step, run.groups.random_rank))
         rate = optim.learning_rate(run.job, plan, progress.updates)
         optim.set_learning_rate(optimizer, rate)
 
         optimizer.zero_grad()
-        loss_sum = forward_backward(run.model, batch, run.task)
+        loss_sum = forward_backward(run.model, batch, run.task, clock)
         scaler.unscale_(optimizer)
         norm = run.model.gradient_norm()
         digest = batch.digest if run.groups.counts_rows else 0
-        agreed = agree(run.groups.step, loss_sum, norm, batch.num_rows, digest, run.wish(progress))
+        agreed = agree(run.groups, loss_sum, norm, batch.num_rows, digest, run.wish(progress), clock.own())
         wish = agreed.wish
         if wish.settle or wish.save:
-            progress = _settled(run, progress)
+            with clock.stopped():
+                progress = _settled(run, progress)
         verdict = run.guard.judge(progress, agreed, norm)
         if verdict is Verdict.UPDATE:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            optim.clip(parameters, clip, norm)
             scaler.step(optimizer)
             run.average.update(progress.updates + 1)
         scaler.update()
@@ -115,7 +119,7 @@ def train(run: Training, progress: Progress) -> Progress:
         if verdict is Verdict.ROLL_BACK:
             progress = _rolled_back(run, progress, agreed.loss)
 
-        _log_step(run, progress, agreed, rate, norm.item(), time.monotonic() - started_at)
+        _log_step(run, progress, agreed, rate, norm.item())
         is_last = progress.step == plan.total_steps
         improved = False
         if run.validation and plan.validate_every_steps and (progress.step % plan.validate_every_steps == 0 or is_last):
@@ -125,7 +129,8 @@ def train(run: Training, progress: Progress) -> Progress:
     return _ended(run, progress)
 
 
-def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float, elapsed_s: float) -> None:
+def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, norm: float) -> None:
+    rows, elapsed_s = run.plan.rows_in(progress.step), run.clock.elapsed_s()
     run.log.write(
         "step",
         step=progress.step,
@@ -134,10 +139,15 @@ def _log_step(run: Training, progress: Progress, agreed: Agreed, rate: float, no
         loss=agreed.loss,
         lr=rate,
         grad_norm=norm,
-        rows_per_s=run.plan.rows_in(progress.step) / elapsed_s,
+        rows=rows,
+        rows_per_s=rows / elapsed_s,
+        step_s=elapsed_s,
+        **agreed.times(),
         updates=progress.updates,
         skipped=progress.skipped,
     )
+    is_last = progress.step == run.plan.total_steps
+    run.log.pace(progress.step, is_last or progress.step % run.plan.steps_per_epoch == 0)
 
 
 def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
@@ -153,19 +163,20 @@ def _rolled_back(run: Training, progress: Progress, loss: float) -> Progress:
     restore(found, run.model, run.optimizer, run.average)
     run.precision.scaler.load_state_dict(found.state.scaler)
     made = progress.rollbacks[-1]
-    run.log.write("note", step=progress.step, text=f"rolled back {made}")
+    run.log.write("note", step=progress.step, text=f"rolled back {made}", undone_from=made.first_step)
     run.event("rolled back", checkpoint=found.folder.name, **msgspec.to_builtins(made))
     return progress
 
 
 def _validated(run: Training, validation: Validation, progress: Progress) -> tuple[Progress, bool]:
     """Progress after a validation, and whether these weights are the best so far. All ranks call it at once."""
+    started_at = time.monotonic()
     with run.average.in_place():
         figures = validation.figures(run.model)
     metric = run.job.validation.best
     best = validate.judge(progress.best, metric, figures[metric], progress.step)
     improved = best.step == progress.step
-    run.log.write("validation", step=progress.step, **figures, best=improved)
+    run.log.write("validation", step=progress.step, **figures, best=improved, elapsed_s=time.monotonic() - started_at)
     progress = msgspec.structs.replace(
         progress,
         best=best,

@@ -116,6 +116,19 @@ def _muon() -> Any:
     return found
 
 
+def clip(parameters: list[nn.Parameter], largest: float, norm: torch.Tensor) -> None:
+    """Scale gradients down to a norm, as torch's `clip_grads_with_norm_` does it; those that are below it are not
+    touched, where torch multiplies each number by 1.
+
+    Args:
+        parameters: Their gradients are scaled in place.
+        largest: The norm that is allowed.
+        norm: Of all gradients.
+    """
+    if largest / (norm + 1e-6) < 1:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
 def learning_rate(train: training.Train, plan: Plan, updates: int) -> float:
     """The rate of the next update.
 

@@ -13,7 +13,7 @@ import msgspec
 from raylway.errors import UserError
 from raylway.features.signature import Task
 from raylway.job.schema import Job
-from raylway.job.training import Schedule
+from raylway.job.training import Elastic, Schedule
 from raylway.job.units import Duration
 from raylway.train import division
 from raylway.train.division import CHUNKS_A_STAGE, Division
@@ -51,8 +51,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     microbatch: int
     """Most rows of one worker in one forward and backward pass."""
     accumulation: int
-    """Microbatches in a full step."""
+    """Microbatches in a full step; with the fewest workers, if their number changes."""
     workers: int
+    """At most. On a worker: as many as it has peers, itself included."""
     cpus_per_worker: int
     gpus_per_worker: int
     precision: Literal["fp32", "bf16", "fp16"]
@@ -68,6 +69,20 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every_s: float | None
     """One of the two is set."""
     division: Division = Division()
+    compile: bool = False
+    """Microbatches then have one shape: short ones are filled up with rows that count nothing."""
+    fewest_workers: int | None = None
+    """With so many it starts and goes on; None when their number is fixed."""
+
+    @property
+    def needed_workers(self) -> int:
+        """There must be room for these."""
+        return self.fewest_workers or self.workers
+
+    @property
+    def group(self) -> str:
+        """How many workers, for people."""
+        return f"{self.fewest_workers} to {self.workers}" if self.fewest_workers else str(self.workers)
 
     @property
     def data_ranks(self) -> int:
@@ -111,8 +126,9 @@ def plan(
     train = job.train
     divided = division.division(job)
     workers = division.workers(job, divided, int(gpus))
-    data_ranks = workers // divided.sharers
-    batch = _global_batch(train.global_batch, rows_train, data_ranks)
+    batch = _global_batch(train.global_batch, rows_train, workers // divided.sharers)
+    fewest = train.workers.min if isinstance(train.workers, Elastic) else None
+    data_ranks = (fewest or workers) // divided.sharers
     microbatch = train.microbatch if isinstance(train.microbatch, int) else _microbatch(batch, data_ranks, divided)
     accumulation = num_microbatches(batch, data_ranks, microbatch)
     division.refuse_short_pipeline(divided, accumulation)
@@ -143,6 +159,8 @@ def plan(
         checkpoint_every_steps=None if every.is_time else max(1, every.in_steps(steps_per_epoch)),
         checkpoint_every_s=every.seconds if every.is_time else None,
         division=divided,
+        compile=job.model.compile,
+        fewest_workers=fewest,
     )
 
 

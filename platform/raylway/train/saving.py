@@ -254,10 +254,14 @@ class Checkpoints:
             )
         if rank == 0:
             with suppress(*_REFUSALS):  # what is left goes the next time
+<<<<<<< HEAD
                 if error:
                     self._run.log("checkpoint failed", checkpoint=flight.name, reason=error)
                 else:
                     self._tidy({flight.state.progress.best_checkpoint, flight.state.progress.anchor})
+=======
+                self._tidy(flight.state.progress)
+>>>>>>> main
         return error
 
     def _write_mine(self, final: storage.Place, parts: dict[str, Part]) -> _Message:
@@ -295,20 +299,21 @@ class Checkpoints:
             return _words(error)
         return ""
 
-    def _tidy(self, needed: set[str]) -> None:
-        """Remove old checkpoints and what earlier attempts left unfinished. Only after a new one is whole.
+    def _tidy(self, progress: Progress) -> None:
+        """Remove old checkpoints and what earlier attempts left unfinished. Only after that of `progress` is whole.
 
-        What a later attempt writes is not touched.
+        What a later attempt writes is not touched, nor the next checkpoint, which the peers may have begun.
         """
         if self._taken_over():
             return
         folder, starts = self._run.checkpoints, failures.starts(self._run)
         whole = [path.name for path in candidates(folder) if (path / MANIFEST).exists()]
         good = [found for found in whole if found not in self._start.broken and replaced_by(found, starts) is None]
-        kept = {*needed, *good[-self._keep :]}
+        kept = {progress.best_checkpoint, progress.anchor, *good[-self._keep :]}
         for path in storage.children(folder):
             match = NAME.search(path.name)
-            if match and int(match[2]) <= self._start.attempt and path.name not in kept:
+            is_old = match and (int(match[2]), int(match[1])) <= (self._start.attempt, progress.step)
+            if is_old and path.name not in kept:
                 _remove(path)
 
     def _taken_over(self) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 from raylway.features.signature import Task
+from raylway.train.clock import Clock, Own
 from raylway.train.feed.loader import Batch, Microbatch
-from raylway.train.strategy import Parallel
+from raylway.train.strategy import Groups, Parallel
 
 
 class Wish(NamedTuple):
@@ -32,6 +34,21 @@ class Agreed(NamedTuple):
     wish: Wish
     batch: int
     """Tells which rows the global batch had (`feed.loader.Batch.digest`)."""
+    own: np.ndarray
+    """float64 [workers, 2]: each rank's `clock.Own`."""
+
+    def times(self) -> dict[str, float]:
+        """Of a step, for its line: the longest wait for rows, and with several ranks the one that worked longest."""
+        wait, work = self.own.T
+        found = {"data_s": float(wait.max())}
+        if len(work) > 1:
+            slowest = int(work.argmax())
+            found |= {
+                "slowest_rank": slowest,
+                "slowest_s": float(work[slowest]),
+                "median_s": float(np.sort(work)[(len(work) - 1) // 2]),
+            }
+        return found
 
 
 def seed_random(device: torch.device, seed: int) -> None:
@@ -56,7 +73,7 @@ def row_losses(task: Task, output: torch.Tensor, target: torch.Tensor) -> torch.
     return F.mse_loss(output.reshape(target.shape), target.to(output.dtype), reduction="none")
 
 
-def forward_backward(model: Parallel, batch: Batch, task: Task) -> torch.Tensor:
+def forward_backward(model: Parallel, batch: Batch, task: Task, clock: Clock) -> torch.Tensor:
     """Leave in the parameters the (scaled) gradient of the global batch's loss; return this rank's sum of losses.
 
     The loss is sum(weight * loss of the row) / rows of the step, without `train.balance` the mean over the rows.
@@ -73,6 +90,8 @@ def forward_backward(model: Parallel, batch: Batch, task: Task) -> torch.Tensor:
         losses = (row_losses(task, output, rows.target) * rows.weight).sum()
         if model.has_loss:
             total.add_(losses.detach())
+        if model.groups.parts is None:  # ranks that hold parts of one copy wait for one another within a pass
+            clock.worked()
         return model.precision.scaler.scale(losses * (model.mean_over / batch.num_rows))
 
     model.accumulate(batch.microbatches, loss)
@@ -80,21 +99,28 @@ def forward_backward(model: Parallel, batch: Batch, task: Task) -> torch.Tensor:
 
 
 def agree(
-    group: dist.ProcessGroup, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, digest: int, wish: Wish
+    groups: Groups, loss_sum: torch.Tensor, norm: torch.Tensor, num_rows: int, digest: int, wish: Wish, own: Own
 ) -> Agreed:
     """One small all-reduce: afterwards every rank decides the same. All ranks call it once a step.
 
     Args:
-        group: All ranks.
+        groups: All ranks.
         loss_sum: This rank's, float64 scalar.
         norm: Of the gradient.
         num_rows: Rows of the step over all ranks.
         digest: Of this rank's rows (`feed.loader.Batch`); of ranks that share their rows one has it, the others 0.
         wish: This rank's.
+        own: This rank's time.
     """
     finite = torch.isfinite(loss_sum) & torch.isfinite(norm)
-    own = torch.tensor([*wish, digest], dtype=torch.float64, device=loss_sum.device)
-    facts = torch.cat([torch.stack([loss_sum, (~finite).double()]), own])
-    dist.all_reduce(facts, group=group)
-    loss, not_finite, *wishes, digest = facts.tolist()
-    return Agreed(loss / num_rows, not not_finite, Wish(*map(bool, wishes)), int(digest))
+    mine = torch.tensor([*wish, digest, *own], dtype=torch.float64, device=loss_sum.device)
+    count = 3 + len(wish)
+    facts = torch.zeros(count + 2 * groups.workers, dtype=torch.float64, device=loss_sum.device)
+    facts[0], facts[1], facts[2:count] = loss_sum, ~finite, mine[:-2]
+    facts[count + 2 * groups.rank :][:2] = mine[-2:]
+    if groups.workers > 1:
+        dist.all_reduce(facts, group=groups.step)
+    facts = facts.cpu()
+    loss, not_finite, *wishes, digest = facts[:count].tolist()
+    table = facts[count:].numpy().reshape(-1, 2)
+    return Agreed(loss / num_rows, not not_finite, Wish(*map(bool, wishes)), int(digest), table)

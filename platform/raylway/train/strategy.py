@@ -189,12 +189,19 @@ def parallel(module: nn.Module, groups: Groups, plan: Plan, precision: Precision
 
             (split.shard if kind == "shard" else split.tensor)(module, groups)
             return Parallel(module, module, shapes, groups, precision)
+    forward = _compiled(module) if plan.compile else module
     if groups.workers == 1:
-        return Parallel(module, module, shapes, groups, precision)
+        return Parallel(module, forward, shapes, groups, precision)
     # `find_unused_parameters` also keeps DDP from laying out its buckets anew after the first step. Their layout
     # decides the order in which three or more ranks add, so a resumed run would otherwise differ in its last bits.
-    wrapped = nn.parallel.DistributedDataParallel(module, process_group=groups.step, find_unused_parameters=True)
+    wrapped = nn.parallel.DistributedDataParallel(forward, process_group=groups.step, find_unused_parameters=True)
     return Parallel(module, wrapped, shapes, groups, precision, mean_over=groups.workers)
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    from raylway.train.compiled import Compiled
+
+    return Compiled(module)
 
 
 def refuse_batch_norm(module: nn.Module) -> None:

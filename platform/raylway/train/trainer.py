@@ -6,10 +6,10 @@ Ray Train restarts the group after a fault of a machine; all else about checkpoi
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from raylway import storage
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import Prepared
 from raylway.job.load import LoadedJob, located
-from raylway.runs import journal
+from raylway.runs import starts
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
-from raylway.train import failures, worker
+from raylway.train import failures, resizing, worker
 from raylway.train.feed import balanced
+from raylway.train.follow import Follower
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
@@ -61,6 +62,8 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     """When and where, if the job guards against spikes of the loss."""
     balance: str | None = None
     """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
+    resized: str | None = None
+    """Each change of the number of workers, over all commands."""
 
 
 def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, reporter: Reporter) -> TrainOutcome:
@@ -104,6 +107,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             plan=planned,
             rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
+            resized="; ".join(resizing.history(run)) or None,
         )
         stage.finish(_summary(outcome, loaded))
     return outcome
@@ -120,7 +124,7 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
         len(manifest.transform.category_counts),
         capacity.gpus,
     )
-    capacity.refuse_impossible(planned.workers, planned.cpus_per_worker, planned.gpus_per_worker)
+    capacity.refuse_impossible(planned.needed_workers, planned.cpus_per_worker, planned.gpus_per_worker)
     return planned
 
 
@@ -156,7 +160,7 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
     stop = StopWord(run.folder)
     stop.take_back()
     fitting = _Fit(assigned, planned, run)
-    follower = _Follower(run, planned, stage, reporter)
+    follower = Follower(run, planned, stage, reporter)
     try:
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
@@ -167,17 +171,18 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
-        stop.take_back()
+        with suppress(RunFailed):  # a bucket that is out of reach; a start takes it back too
+            stop.take_back()
     return fitting.report()
 
 
 class _Fit(threading.Thread):
-    """`TorchTrainer.fit`; in the main thread it would take over Ctrl-C and exit with 0."""
+    """`fit` of Ray Train; in the main thread it would take over Ctrl-C and exit with 0."""
 
     def __init__(self, assigned: dict[str, Any], planned: Plan, run: Run) -> None:
         super().__init__(name="fit", daemon=True)
         self._assigned, self._planned = assigned, planned
-        self._folder = run.folder
+        self._run = run
         self._value: Any = None
         self._error: BaseException | None = None
         self.ended = threading.Event()
@@ -186,7 +191,7 @@ class _Fit(threading.Thread):
     def run(self) -> None:
         try:
             # Ray Train's own folder; nothing of value is ever in it.
-            with storage.scratch(self._folder, "ray-train") as scratch:
+            with storage.scratch(self._run.folder, "ray-train") as scratch:
                 self._value = self._fit(scratch)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
@@ -199,71 +204,37 @@ class _Fit(threading.Thread):
         return msgspec.convert(self._value, worker.Report)
 
     def _fit(self, scratch: Path) -> Any:
-        # By their own places: to mypy `ray.train` shows the classes of the version before.
-        from ray.train.torch import TorchConfig
-        from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.torch.torch_trainer import TorchTrainer
+        # By its own place: to mypy `ray.train` shows the classes of the version before.
+        from ray.train.v2.api.config import FailureConfig, RunConfig
 
+        from raylway.train import elastic
+        from raylway.train.group import Group
+        from raylway.train.milestones import Milestones
         from raylway.train.strategy import TIMEOUT_S
 
         planned = self._planned
-        resources = {"CPU": planned.cpus_per_worker, "GPU": planned.gpus_per_worker}
-        trainer = TorchTrainer(
+        trainer = elastic.Trainer(
+            self._run.folder,
             worker.work,
             train_loop_config=self._assigned,
-            torch_config=TorchConfig(
+            backend_config=Group(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
                 timeout_s=TIMEOUT_S,
             ),
-            scaling_config=ScalingConfig(
-                num_workers=planned.workers,
-                use_gpu=planned.gpus_per_worker > 0,
-                resources_per_worker={name: amount for name, amount in resources.items() if amount},
-            ),
+            scaling_config=elastic.scaling(planned),
             run_config=RunConfig(
                 name=secrets.token_hex(6),
                 storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Milestones(str(self._run.folder))],  # type: ignore[list-item]  # it takes internal ones too
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),
         )
-        return trainer.fit().return_value  # type: ignore[attr-defined]  # typed as its base of the version before
-
-
-class _Follower:
-    """Shows what rank 0 appends to metrics.jsonl, without a word between the processes."""
-
-    def __init__(self, run: Run, planned: Plan, stage: Stage, reporter: Reporter) -> None:
-        self._tail = journal.Tail(run.metrics)
-        self._planned, self._stage, self._reporter = planned, stage, reporter
-        self._validation: dict[str, float] = {}
-
-    def look(self) -> None:
-        steps = []
-        for line in self._tail.new():
-            try:
-                found = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                self._tail.restart()  # a resumed run has cut it back and is past this point again
-                break
-            if found["kind"] == "step":
-                steps.append(found)
-            elif found["kind"] == "note":
-                self._reporter.note(found["text"])
-            elif found["kind"] == "validation":
-                self._validation = {name: value for name, value in found.items() if name.startswith("val_")}
-        if steps:
-            self._show(steps[-1])
-
-    def _show(self, step: dict[str, Any]) -> None:
-        loss = step["loss"] if step["loss"] is not None else math.nan
-        figures = {"loss": loss, "lr": step["lr"], "rows/s": round(step["rows_per_s"]), **self._validation}
-        if step["skipped"]:
-            figures["skipped"] = step["skipped"]
-        self._stage.update(step["step"], self._planned.total_steps, "steps", **figures)
+        self._run.log(starts.FIT)
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # likewise
 
 
 def _sentence(planned: Plan) -> str:
@@ -271,7 +242,7 @@ def _sentence(planned: Plan) -> str:
     size = max(planned.gpus_per_worker, planned.cpus_per_worker if each == "CPU" else 0)
     return (
         f"training: {planned.total_steps:,} steps ({planned.epochs:.4g} epochs) of {planned.global_batch:,} rows, "
-        f"{planned.workers} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
+        f"{planned.group} worker{'s' * (planned.workers > 1)} x {size} {each}, microbatch {planned.microbatch:,} x "
         f"{planned.accumulation}, {planned.precision}"
     )
 

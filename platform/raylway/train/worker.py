@@ -14,8 +14,9 @@ import msgspec
 from raylway import storage
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import starts
 from raylway.runs.run import Run
-from raylway.train import failures
+from raylway.train import failures, resizing
 from raylway.train.failures import Failure
 from raylway.train.plan import Plan
 
@@ -85,6 +86,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         Ray Train would take an exception for a reason to start again.
 
     Raises:
+        Resized: There is room for another number of workers; the checkpoint is written.
         Exception: A fault after which to start again: lost peers, a failing machine, or a bug of ours.
     """
     task = msgspec.convert(config, Assignment)
@@ -103,6 +105,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         return msgspec.to_builtins(Report(failure=start))
     try:
         return msgspec.to_builtins(_train(task, job, run, groups, start))
+    except resizing.Resized as error:  # no failure
+        _leave(error)
+        raise
     except Exception as error:
         users_folders = task.import_paths if job.model.kind != "mlp" else []
         failure = failures.blame(error, start.attempt, groups.rank, users_folders)
@@ -146,8 +151,14 @@ def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -
     from raylway.train import assemble, loop
 
     training, progress = assemble.training(task, job, run, groups, start)
+    training.event(starts.ASSEMBLED)
+    is_elastic = task.plan.fewest_workers is not None
+    if is_elastic and groups.rank == 0:
+        training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
     with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
         progress = loop.train(training, progress)
+    if is_elastic and progress.step < task.plan.total_steps and not progress.stopped_early:
+        resizing.leave(groups, run)
     last = training.checkpoints.written
     return Report(
         step=progress.step,

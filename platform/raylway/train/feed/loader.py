@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +14,10 @@ import torch
 from raylway.features.learnt import Target
 from raylway.features.prepared import Rows
 from raylway.train.feed.balanced import Balanced
-from raylway.train.feed.order import Order, num_microbatches, share
+from raylway.train.feed.order import Order, Window, num_microbatches, share
+
+_AHEAD = 2
+"""Steps that are read before they are needed: one, and another in case one takes long."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,10 @@ class Microbatch:
     target: torch.Tensor
     """int64 [n] class codes, or float64 [n] standardised values"""
     weight: torch.Tensor
-    """float64 [n]: 1 or that of the row's class; 0 for the one row that stands in where a rank has none"""
+    """float64 [n]: 1 or that of the row's class; 0 for a row that only fills up the shape, or stands in where a
+    rank has none"""
     stands_in: bool = False
-    """It is such a row, so that every rank makes the same passes."""
+    """It holds no other rows, so that every rank makes the same passes."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,24 @@ class Share:
     workers: int
     global_batch: int
     microbatch: int
+    padded: int = 1
+    """Microbatches are filled up to so many rows."""
+
+    def filled(self, num_rows: int) -> Share:
+        """The same with microbatches of one shape: of the largest one in an epoch of `num_rows` rows."""
+        steps = {min(self.global_batch, num_rows), num_rows % self.global_batch or self.global_batch}
+        return dataclasses.replace(self, padded=max(map(self._largest, steps)))
+
+    def _largest(self, rows: int) -> int:
+        """Rows of the largest microbatch of any rank in a step of `rows` rows."""
+        return math.ceil(math.ceil(rows / self.workers) / num_microbatches(rows, self.workers, self.microbatch))
 
 
 class Feed:
-    """The rows of this rank, step by step; the next step is read while this one computes.
+    """The rows of this rank, step by step; the next steps are read while this one computes.
+
+    Data that is read shard by shard has a second thread, which goes one window ahead in each lane of this rank: it
+    opens the shards there and reads them once to compare their checksums.
 
     Args:
         rows: The split; shards are verified when first read.
@@ -78,14 +98,20 @@ class Feed:
         self._rows, self._order, self._share, self._target, self._device = rows, order, share, target, device
         self._weights = weights
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: dict[int, Future[Batch]] = {}
+        self._scout = ThreadPoolExecutor(1, thread_name_prefix="scout")
+        self._scouted: dict[int, Window] = {}
 
     def step(self, step: int) -> Batch:
-        """This rank's microbatches of a global step, and a start on the step after it."""
-        ahead = self._ahead[1] if self._ahead and self._ahead[0] == step else self._reader.submit(self._read, step)
-        batch = ahead.result()
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
-        return batch
+        """This rank's microbatches of a global step, and a start on the steps after it."""
+        for number in range(step, step + 1 + _AHEAD):
+            if number not in self._ahead:
+                self._ahead[number] = self._reader.submit(self._read, number)
+        return self._ahead.pop(step).result()
+
+    def filling(self) -> Microbatch:
+        """One that counts nothing."""
+        return self._tensors(np.zeros(0, np.int64))[0]
 
     def epoch(self) -> Iterator[Microbatch]:
         """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
@@ -99,22 +125,34 @@ class Feed:
         mine = self._share
         num_rows = self._order.step_rows(step, mine.global_batch)
         positions = self._order.positions(step, mine.global_batch, mine.rank, mine.workers)
+        self._go_ahead(step)
         count = num_microbatches(num_rows, mine.workers, mine.microbatch)
         bounds = [share(len(positions), part, count) for part in range(count)]
         parts = [self._tensors(positions[start:stop]) for start, stop in bounds]
         ids = np.concatenate([row_ids for _, row_ids in parts])
         return Batch(num_rows, [part for part, _ in parts], _digest(ids, share(num_rows, mine.rank, mine.workers)[0]))
 
+    def _go_ahead(self, step: int) -> None:
+        mine, order = self._share, self._order
+        if isinstance(order, Balanced):
+            return
+        for window in order.windows(step, mine.global_batch, mine.rank, mine.workers):
+            if self._scouted.get(window.lane) != window:
+                self._scouted[window.lane] = window
+                # A shard that is damaged is told by the step that needs it.
+                self._scout.submit(self._rows.open, order.spans(order.after(window)))
+
     def _tensors(self, positions: np.ndarray) -> tuple[Microbatch, np.ndarray]:
         """The rows at some positions, and their ids (none of a row that stands in)."""
-        is_stand_in = not len(positions)
-        if is_stand_in:
-            # Every rank must run the same passes, or its peers wait for it. Any row does: its loss counts 0 times.
-            positions = np.zeros(1, np.int64)
+        count = len(positions)
+        if count < self._share.padded:
+            # Also where a rank has no row: it must run the same passes, or its peers wait for it. Any row does: its
+            # loss counts 0 times. One that is there is as finite as the others.
+            more = np.full(self._share.padded - count, positions[0] if count else 0)
+            positions = np.concatenate([positions, more])
         numeric, categorical, target, row_ids = self._rows.take(positions)
         weight = np.ones(len(positions)) if self._weights is None else self._weights[target]
-        if is_stand_in:
-            weight = np.zeros(1)
+        weight[count:] = 0
         if self._target.task == "regression":
             target = (target - self._target.mean) / self._target.spread
         microbatch = Microbatch(
@@ -124,9 +162,9 @@ class Feed:
                 self._device, torch.float64 if self._target.task == "regression" else torch.int64
             ),
             torch.from_numpy(weight).to(self._device),
-            is_stand_in,
+            not count,
         )
-        return microbatch, row_ids[:0] if is_stand_in else row_ids
+        return microbatch, row_ids[:count]
 
 
 def _digest(row_ids: np.ndarray, first: int) -> int:

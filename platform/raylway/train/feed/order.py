@@ -14,8 +14,9 @@ number of workers and sees the same global batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +62,14 @@ def share(rows: int, part: int, parts: int) -> tuple[int, int]:
     return rows * part // parts, rows * (part + 1) // parts
 
 
+class Window(NamedTuple):
+    """Rows of a lane that are shuffled together."""
+
+    epoch: int
+    lane: int
+    number: int
+
+
 class Order:
     """The order of one split.
 
@@ -77,7 +86,7 @@ class Order:
         self._seed, self._lanes = seed, lanes
         self._window = max(1, self.num_rows if lanes == 1 else 2 * int(np.median(shard_rows)))
         self._segments = self._cut(shard_rows)
-        self._held: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        self._held: dict[int, tuple[Window, np.ndarray]] = {}
 
     def positions(self, step: int, batch: int, rank: int = 0, workers: int = 1) -> np.ndarray:
         """Positions (int64, over the shards laid end to end) of the rows of one rank in one step.
@@ -88,19 +97,31 @@ class Order:
             rank: Which share.
             workers: How many shares.
         """
-        epoch, index = divmod(step, math.ceil(self.num_rows / batch))
-        first, last = index * batch, min((index + 1) * batch, self.num_rows)
-        start, stop = share(last - first, rank, workers)
-        parts = [np.zeros(0, np.int64)]
-        listed = 0
-        for lane in range(self._lanes):
-            # The step's rows of this lane are its rows `begin` to `end`.
-            begin, end = (-((lane - bound) // self._lanes) for bound in (first, last))
-            inside_start, inside_stop = max(start - listed, 0), min(stop - listed, end - begin)
-            if inside_start < inside_stop:
-                parts.append(self._lane_rows(epoch, lane, begin + inside_start, begin + inside_stop))
-            listed += end - begin
-        return np.concatenate(parts)
+        parts = [
+            self._window_rows(window)[start:stop] for window, start, stop in self._touched(step, batch, rank, workers)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def windows(self, step: int, batch: int, rank: int = 0, workers: int = 1) -> list[Window]:
+        """Where the rows of one rank in one step come from."""
+        return [window for window, _, _ in self._touched(step, batch, rank, workers)]
+
+    def after(self, window: Window) -> Window:
+        """The one that its lane comes to next."""
+        epoch, lane, number = window
+        is_last = (number + 1) * self._window >= self._lane_length(lane)
+        return Window(epoch + 1, lane, 0) if is_last else Window(epoch, lane, number + 1)
+
+    def spans(self, window: Window) -> np.ndarray:
+        """The rows of a window before they are shuffled: int64 [S, 2], first position and count, each in one shard."""
+        epoch, lane, number = window
+        pieces = self._segments[lane][self._shuffled(len(self._segments[lane]), Purpose.PIECES, epoch, lane)]
+        ends = np.cumsum(pieces[:, 1])
+        low, high = number * self._window, min((number + 1) * self._window, self._lane_length(lane))
+        cut = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high) + 1)
+        (first, count), end = pieces[cut].T, ends[cut]
+        ahead = np.maximum(low - (end - count), 0)
+        return np.stack([first + ahead, count - ahead - np.maximum(end - high, 0)], axis=1)
 
     def step_rows(self, step: int, batch: int) -> int:
         """Rows of a step over all ranks."""
@@ -114,7 +135,7 @@ class Order:
         left.reverse()
         segments = []
         for lane in range(self._lanes):
-            wanted = self.num_rows // self._lanes + (lane < self.num_rows % self._lanes)
+            wanted = self._lane_length(lane)
             pieces = []
             while wanted:
                 first, count = left.pop()
@@ -127,28 +148,31 @@ class Order:
             segments.append(np.array(pieces, np.int64).reshape(-1, 2))
         return segments
 
-    def _lane_rows(self, epoch: int, lane: int, start: int, stop: int) -> np.ndarray:
-        windows = range(start // self._window, (stop - 1) // self._window + 1)
-        found = [
-            self._window_rows(epoch, lane, window)[max(start - window * self._window, 0) : stop - window * self._window]
-            for window in windows
-        ]
-        return np.concatenate(found)
+    def _touched(self, step: int, batch: int, rank: int, workers: int) -> Iterator[tuple[Window, int, int]]:
+        """The windows that a rank's rows of a step are in, each with where in it they start and stop."""
+        epoch, index = divmod(step, math.ceil(self.num_rows / batch))
+        first, last = index * batch, min((index + 1) * batch, self.num_rows)
+        start, stop = share(last - first, rank, workers)
+        listed = 0
+        for lane in range(self._lanes):
+            # The step's rows of this lane are its rows `begin` to `end`, of which this rank has `low` to `high`.
+            begin, end = (-((lane - bound) // self._lanes) for bound in (first, last))
+            low, high = begin + max(start - listed, 0), begin + min(stop - listed, end - begin)
+            listed += end - begin
+            for number in range(low // self._window, (high - 1) // self._window + 1) if low < high else ():
+                at = number * self._window
+                yield Window(epoch, lane, number), max(low - at, 0), min(high - at, self._window)
 
-    def _window_rows(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        key, held = self._held.get(lane, ((-1, -1), np.zeros(0, np.int64)))
-        if key == (epoch, window):
-            return held
-        pieces = self._segments[lane][self._shuffled(len(self._segments[lane]), Purpose.PIECES, epoch, lane)]
-        ends = np.cumsum(pieces[:, 1])
-        low, high = window * self._window, min((window + 1) * self._window, int(ends[-1]))
-        rows = [
-            np.arange(first + max(low - (end - count), 0), first + count - max(end - high, 0))
-            for (first, count), end in zip(pieces.tolist(), ends.tolist(), strict=True)
-            if end > low and end - count < high
-        ]
-        found = np.concatenate(rows)[self._shuffled(high - low, Purpose.ROWS, epoch, lane, window)]
-        self._held[lane] = ((epoch, window), found)
+    def _lane_length(self, lane: int) -> int:
+        return self.num_rows // self._lanes + (lane < self.num_rows % self._lanes)
+
+    def _window_rows(self, window: Window) -> np.ndarray:
+        held = self._held.get(window.lane)
+        if held is not None and held[0] == window:
+            return held[1]
+        rows = np.concatenate([np.arange(first, first + count) for first, count in self.spans(window).tolist()])
+        found = rows[self._shuffled(len(rows), Purpose.ROWS, *window)]
+        self._held[window.lane] = (window, found)
         return found
 
     def _shuffled(self, count: int, purpose: Purpose, *place: int) -> np.ndarray:
