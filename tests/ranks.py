@@ -86,14 +86,9 @@ class Case:
         """The validation lines."""
         return self.lines("validation")
 
-<<<<<<< HEAD
-    def _lines(self, kind: str) -> list[dict[str, Any]]:
-        lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
-=======
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Those of one kind."""
-        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
->>>>>>> main
+        lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
         return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:

@@ -219,10 +219,10 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(tmp_path: Path, neve
     there = {path.name for path in full.run.checkpoints.iterdir()}
     assert there == {f"step-{step:08d}-a001" for step in (3, 9, 12, 15, 18)}
     assert same_bits(never_filled.weights("step-00000018-a001"), full.weights(report.last_checkpoint))
-    (note,) = [line["text"] for line in full._lines("note") if "can't be written" in line["text"]]
+    (note,) = [line["text"] for line in full.lines("note") if "can't be written" in line["text"]]
     assert "the checkpoint of step 6 can't be written" in note
     assert "the last whole one is step-00000003-a001; going on" in note
-    assert all(line["stall_s"] > 0 for line in full._lines("checkpoint"))
+    assert all(line["stall_s"] > 0 for line in full.lines("checkpoint"))
 
 
 def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(

@@ -7,25 +7,16 @@ written here goes on to where people watch (`sinks`).
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from contextlib import suppress
-from typing import Any
-
-import msgspec
-
-from raylway.errors import RunFailed, UserError
-from raylway.runs import journal
-from raylway.storage import Place
-=======
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
 
+from raylway.errors import RunFailed, UserError
 from raylway.runs import journal, pace, starts
 from raylway.runs.pace import Line, Tally
 from raylway.runs.run import Run
->>>>>>> main
 
 _ENCODER = msgspec.json.Encoder()
 PACE_STEPS = 1_000

@@ -254,14 +254,10 @@ class Checkpoints:
             )
         if rank == 0:
             with suppress(*_REFUSALS):  # what is left goes the next time
-<<<<<<< HEAD
                 if error:
                     self._run.log("checkpoint failed", checkpoint=flight.name, reason=error)
                 else:
-                    self._tidy({flight.state.progress.best_checkpoint, flight.state.progress.anchor})
-=======
-                self._tidy(flight.state.progress)
->>>>>>> main
+                    self._tidy(flight.state.progress)
         return error
 
     def _write_mine(self, final: storage.Place, parts: dict[str, Part]) -> _Message:
