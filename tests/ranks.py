@@ -6,6 +6,7 @@ The processes are forked from a server that has imported torch once, so a group 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from made_prepared import make
 
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import journal
 from raylway.runs.run import Run
+from raylway.storage import Place, buckets
 from raylway.train import worker
 from raylway.train.plan import Plan, plan
 
@@ -32,7 +35,7 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "ranks"])
 class Case:
     """One job on prepared rows, in a folder of its own."""
 
-    folder: Path
+    folder: Place
     prepared: Prepared
     train: dict[str, Any]
     """The job's section."""
@@ -44,7 +47,8 @@ class Case:
     @property
     def run(self) -> Run:
         run = Run(self.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(run.folder, Path):
+            run.folder.mkdir(parents=True, exist_ok=True)
         return run
 
     @property
@@ -88,7 +92,7 @@ class Case:
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Those of one kind."""
-        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
+        lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
         return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:
@@ -176,6 +180,12 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     assert all(report.failure is None for report in reports), reports[0].failure
     assert len({(report.step, report.updates, report.best_step) for report in reports}) == 1
     return reports[0]
+
+
+def reach(variables: dict[str, str]) -> None:
+    """A setup: a bucket by the variables of the environment; this rank gives it up after two seconds."""
+    os.environ.update(variables)
+    buckets.GIVE_UP_AFTER_S = 2.0
 
 
 def _rank(

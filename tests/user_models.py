@@ -101,9 +101,7 @@ class Watched(Net):
         if acts.get("act") == "sleep" and rank == acts["rank"]:
             time.sleep(acts["seconds"])
         if self._passes == acts.get("until") and rank == acts.get("rank", rank):
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
+            _let_it_be_written()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
@@ -112,17 +110,25 @@ class Watched(Net):
             if marker.exists():
                 return
             marker.write_text(str(os.getpid()))
-        _do(acts["act"])
+        _do(acts)
 
 
-def _do(act: str) -> None:
-    match act:
+def _do(acts: dict[str, Any]) -> None:
+    match acts["act"]:
+        case "mark":
+            pass
         case "kill":
+            _let_it_be_written()
             os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
             raise KeyError("a mistake of the user's")
         case "fault":
             raise OSError("a machine's fault")
+        case "wait":
+            _let_it_be_written()
+            Path(acts["once"] + ".waits").touch()
+            while not Path(acts["once"] + ".goes-on").exists():
+                time.sleep(0.01)
         case "fill":
             held = []
             while True:
@@ -136,12 +142,20 @@ def _do(act: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
 
+def _let_it_be_written() -> None:
+    """The checkpoint in flight."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`, no more than the file of `once`; `full`:
-        from here on this process can write no file of more than 64 KiB; a checkpoint is larger; `fill` the memory;
+    act: `kill`, once the checkpoint in flight is written; `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`,
+        no more than the file of `once`; `wait` until there is a file as `once` with `.goes-on` behind it; `full`: from
+        here on this process can write no file of more than 64 KiB, and a checkpoint is larger; `fill` the memory;
         `hang`; or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.

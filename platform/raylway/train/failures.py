@@ -115,8 +115,8 @@ def latest(run: Run) -> int:
 
 
 def record(run: Run, failure: Failure) -> None:
-    """As far as it goes: a full disk must not hide the cause of the failure."""
-    with suppress(OSError):
+    """As far as it goes: a storage that can't be written must not hide the cause of the failure."""
+    with suppress(OSError, UserError, RunFailed):
         run.log(_PREEMPTED if failure.kind == "preempted" else _FAILED, **msgspec.structs.asdict(failure))
 
 
