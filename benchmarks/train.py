@@ -247,7 +247,7 @@ def checkpoint_cost(folder: Path, size: Size, threads: int) -> list[str]:
     long = {"for": f"{round(CHECKPOINTED_S / found.step_p50_s)} steps", "validate": {"every": "9999 epochs"}}
     speed = []
     for every in ("60 min", f"{CHECKPOINT_EVERY_S} s"):
-        run = trained(folder, f"{name}-{every[:2]}", model, **worker, **long, checkpoint={"every": every})
+        run = trained(folder, f"{name}-{every.replace(' ', '')}", model, **worker, **long, checkpoint={"every": every})
         lines = list(steps(run))[SKIPPED_STEPS:]
         seconds = pace.seconds_of(lines[-1]["time"]) - pace.seconds_of(lines[0]["time"])
         speed.append(sum(line["rows"] for line in lines[1:]) / seconds)

@@ -92,7 +92,8 @@ def joined(
 ) -> torch.Tensor:
     """The first layer's input, [N, D and the widths of the embeddings]: numbers, then embedded categories."""
     embedded = [embedding(categorical[:, index]) for index, embedding in enumerate(embeddings)]
-    return torch.cat([numeric.to(dtype), *embedded], dim=1)
+    # Of one part `cat` would make a copy: megabytes in each pass where the rows are wide.
+    return torch.cat([numeric.to(dtype), *embedded], dim=1) if embedded else numeric.to(dtype)
 
 
 def _dtype(layers: nn.Module) -> torch.dtype:
