@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import json
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -28,11 +27,13 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import environment, median, scratch, table, write_section
+
+from raylway.launch import auth
 
 ARTICLE = """
 import json, sys
@@ -169,29 +170,34 @@ def _watch(process: subprocess.Popen[bytes], mark: str, peaks: dict[str, float])
 
 @contextmanager
 def running_ray(folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray that is up already, two CPUs; yields the environment that leads to it."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
-    script = Path(__file__).parent.parent / "cluster" / "local.sh"
-    ray = Path(sys.executable).parent / "ray"
-    cluster = subprocess.Popen(
-        [str(script)],
-        env=environment() | {"PORT": str(port), "DASHBOARD_PORT": str(dashboard), "RAY": str(ray)},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    """A Ray that is up already, one node as `ray start --head` makes it; yields the environment that leads to it."""
+    auth.prepare_local()
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        port, dashboard, client = (each.getsockname()[1] for each in held)
+    options = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    options += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
+    options += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    named = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
+    log = folder / "ray.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", *options],
+            env=environment() | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"},
+            stdout=output,
+            stderr=output,
+        )
     try:
-        assert cluster.stdout is not None
-        for line in cluster.stdout:
-            if "Ctrl-C here" in line:
-                break
-        yield {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
+        while "Ray runtime started" not in log.read_text():
+            if head.poll() is not None:
+                raise RuntimeError(f"ray start ended:\n{log.read_text()}")
+            time.sleep(0.2)
+        yield named
     finally:
-        cluster.send_signal(signal.SIGINT)
-        cluster.wait(60)
+        head.terminate()  # with it goes all that it started, and no other Ray
+        head.wait(60)
 
 
 def prepare(folder: Path, name: str, also: dict[str, str] | None = None) -> Measured:

@@ -10,7 +10,17 @@ import pyarrow as pa
 from raylway import storage
 from raylway.features.fit import fit
 from raylway.features.plan import FitPlan, treatments
-from raylway.features.prepared import MANIFEST, SPLITS, Account, Manifest, Prepared, Shard, shard_schema
+from raylway.features.prepared import (
+    MANIFEST,
+    PROFILE,
+    QUARANTINE,
+    SPLITS,
+    Account,
+    Manifest,
+    Prepared,
+    Shard,
+    shard_schema,
+)
 from raylway.features.schema import canonical_text, sorted_names
 from raylway.features.signature import Input, Signature
 from raylway.job.load import load_job
@@ -84,6 +94,9 @@ def make(folder: Path, splits: dict[str, pa.Table], target: str, **account: int)
         shards=shards,
         decisions=[],
     )
+    (folder / QUARANTINE).parent.mkdir()
+    (folder / QUARANTINE).touch()
+    storage.write_record(folder / PROFILE, {"columns": []})
     storage.write_record(folder / MANIFEST, manifest)
     return Prepared(folder)
 

@@ -18,6 +18,7 @@ from scipy import special, stats
 from web_server import Web
 
 from raylway.bundle.contents import BundleRecord, Provenance
+from raylway.data import inputs
 from raylway.data.drift import as_text, drift
 from raylway.errors import UserError
 from raylway.features import profile, shift
@@ -152,6 +153,16 @@ def test_what_has_drifted_is_named_first(tmp_path: Path) -> None:
     assert reasons["rooms"] == "25.0% of the cells are missing; 0.0% were in training"
     assert "20.0% of the rows hold a category that training did not see" in reasons["place"]
     assert "3 of 3 inputs have drifted" in as_text(found)
+
+
+def test_a_file_with_decimal_commas_is_compared_as_told(tmp_path: Path) -> None:
+    frame = rows(3, 400, shift=0.5)
+    frame.to_csv(tmp_path / "plain.csv", index=False)
+    frame.to_csv(tmp_path / "comma.csv", index=False, sep=";", decimal=",")
+    (tmp_path / "job.yaml").write_text("name: made\ndata: {source: rows.parquet, target: y}\n")
+    told = inputs.job_of(tmp_path / "job.yaml", ["data.read.decimal=','"]).job
+    plain, comma = drift(record(), str(tmp_path / "plain.csv")), drift(record(), str(tmp_path / "comma.csv"), told)
+    assert comma.shifts == plain.shifts and plain.drifted
 
 
 def test_files_and_bundles_that_can_not_be_compared(tmp_path: Path) -> None:

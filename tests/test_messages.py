@@ -188,9 +188,17 @@ DATA: list[tuple[dict[str, Any], list[str]]] = [
         {"transform": {"columns": {"colour": {"scale": "log"}}}},
         ["scale means nothing for the column 'colour', which is a category", "data.features.numeric"],
     ),
-    (
-        {"transform": {"columns": {"day": {"impute": 3}}}, "clean": {"missing": "impute"}},
-        ["a number can't stand in for a missing date in the column 'day'", "mean, median or most_frequent"],
+    *(
+        (
+            {"transform": {"columns": {column: {"impute": how}}}, "clean": {"missing": "impute"}},
+            [f"{column}.impute): this can't stand in for a missing cell of the column '{column}', which is ", words],
+        )
+        for column, how, words in (
+            ("day", 3, "mean, median, most_frequent or a date such as 2013-01-31"),
+            ("day", "2013-02-30", "found: 2013-02-30"),
+            ("size", "none", "which is numeric\n  expected: mean, median, most_frequent or a number"),
+            ("colour", "mean", "most_frequent, or a category that is none of these words"),
+        )
     ),
     ({"target": "size", "split": {"by": "stratified"}}, ["(data.split.by): a stratified split needs classes"]),
     (

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ast
 import gzip
+import random
 import resource
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from made_prepared import make, make_run
 from preparing import prepared
 from telling import CSV, ROWS, mine, step, told, written
 
+from raylway import cli
 from raylway.data import csv_read, engine, files, trace
 from raylway.errors import RunFailed, UserError
-from raylway.features.prepared import SPLITS
+from raylway.features.prepared import DUPLICATES, MANIFEST, PROFILE, QUARANTINE, SPLITS, Prepared
 from raylway.job.load import load_job
+from raylway.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("own_modules")
 TESTS = Path(__file__).parent
 ROOMS = ("data", "features", "predict", "job")
-UNSAID = 4
+UNSAID = 5
 """Calls without a text of their own: an error that is told again, or gets its place, or a reason of the quarantine, or
 what pydantic says of keys."""
 
@@ -157,7 +160,10 @@ COMMANDS: list[tuple[tuple[str, ...], list[str]]] = [
         ["storage: the storage folder can't be written", "rows.csv"],
     ),
     (("prepare", "job.yaml", "--set", 'storage="a\\0b"'), ["the storage folder can't be written", "null"]),
-    (("prepare", "job.yaml", "--set", "storage=s3://b/c"), ["storage: storage must be a folder", "s3://b/c"]),
+    (
+        ("prepare", "job.yaml", "--set", "storage=http://b/c"),
+        ["storage: it must be a folder or a bucket", "http://b/c"],
+    ),
     (
         ("predict", "run", "less.csv"),
         ["less.csv: the file lacks the column 'colour'", "rename 'color' to 'colour'"],
@@ -208,29 +214,79 @@ def test_a_row_whose_prepared_data_or_source_is_gone(
     assert "the prepared data is not there" in shown
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"{"), lambda path: path.unlink()])
-def test_prepared_data_that_is_damaged(
-    tmp_path: Path,
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Prepared, Run]:
+    """A folder with a run whose data has rows of every fate: of lines 2 (kept), 62 (quarantined) and 63 (repeated)."""
+    folder = tmp_path_factory.mktemp("whole")
+    written(folder, {"rows.csv": CSV + "no number,red,yes,2013-01-01\n" + CSV.splitlines()[1] + "\n"})
+    done = prepared(folder, {"source": "rows.csv", "target": "sold", "clean": {"max_invalid": "5%"}})
+    found = Run(folder / "runs" / "made" / "0123456789ab")
+    found.create(load_job(folder / "job.yaml"), done.manifest.fingerprint)
+    table = pa.table({"size": np.arange(60.0), "sold": ["no", "yes"] * 30})
+    made(table, "sold", {"size": "number"}, steps=1).stage(found.bundle)
+    return folder, done, found
+
+
+KEPT, INVALID, REPEATED = (("show", "made", "--row", f"rows.csv:{line}") for line in (2, 62, 63))
+READ_BY = [
+    (MANIFEST, [("report", "made"), ("quarantine", "made"), KEPT]),
+    (PROFILE, [("report", "made"), KEPT]),
+    (QUARANTINE, [("report", "made"), ("quarantine", "made"), INVALID]),
+    (DUPLICATES, [("quarantine", "made"), REPEATED]),
+    ("bundle.json", [("drift", "made", "rows.csv")]),
+    ("shard", [KEPT]),
+]
+
+
+@pytest.mark.parametrize(("name", "commands"), READ_BY)
+def test_every_damage_of_a_file_is_told(
+    whole: tuple[Path, Prepared, Run],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-    damage: Callable[[Path], None],
+    name: str,
+    commands: list[tuple[str, ...]],
 ) -> None:
+    folder, done, found = whole
+    sides = [shard.file for split in SPLITS for shard in done.shards(split)]
+    [holds] = [
+        file for file in sides if 2 in pa.ipc.open_file(str(done.folder / file)).read_all()["row_id"].to_pylist()
+    ]
+    path = found.bundle / name if name == "bundle.json" else done.folder / (holds if name == "shard" else name)
+    content, draw = path.read_bytes(), random.Random(name)
+    cut = [content[: len(content) // 2], content[:-1], b""]
+    for command in commands:
+        for damaged in [*cut, *(flipped(content, draw) for _ in range(6)), None]:
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            shown = told(monkeypatch, capsys, folder, *command)
+            assert str(path.relative_to(folder)) in shown or damaged is None
+            words = ["the prepared data is damaged", "damaged or of another version", "another format", "damaged"]
+            words += ["is not there", "is gone", "no such run"] * (damaged is None)
+            assert any(each in shown for each in words), shown
+            path.write_bytes(content)
+        monkeypatch.setattr(sys, "argv", ["raylway", *command])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0 or name == "bundle.json"  # that has no profile
+
+
+def test_a_shard_that_is_damaged(tmp_path: Path) -> None:
     written(tmp_path, {"rows.csv": CSV})
     done = prepared(tmp_path, {"source": "rows.csv", "target": "sold"})
-    damage(done.folder / "quarantine" / "duplicates.arrow")
-    shown = told(monkeypatch, capsys, tmp_path, "quarantine", "job.yaml")
-    assert (
-        f"{done.folder.relative_to(tmp_path)}: the prepared data is damaged" in shown and "run the job again" in shown
-    )
     [shard] = done.shards("train")
-    content = bytearray((done.folder / shard.file).read_bytes())
-    content[len(content) // 2] ^= 1
-    (done.folder / shard.file).write_bytes(content)
+    path = done.folder / shard.file
+    path.write_bytes(flipped(path.read_bytes(), random.Random(4)))
     with pytest.raises(RunFailed, match=r"the shard is damaged; remove .* and run the job again"):
         done.rows("train", verify=True).take(np.array([0]))
-    damage(done.folder / shard.file)
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunFailed, match=r"the shard is missing or damaged; remove .* and run the job again"):
-        done.rows("train")
+        done.rows("train").take(np.array([0]))
 
 
 def _calls() -> list[tuple[str, ast.Call]]:

@@ -18,8 +18,10 @@ from commands import raylway
 from made import made
 from made_prepared import make, make_run
 from stores import Bucket
+from typer.testing import CliRunner
 from web_server import Web
 
+from raylway import cli
 from raylway.bundle.predictor import Predictor, shortest
 from raylway.data import csv_read
 from raylway.errors import UserError
@@ -101,6 +103,30 @@ def test_rows_without_an_answer_are_listed_beside_the_answers(run: Run, tmp_path
     (tmp_path / "new.csv").write_text("length,colour\n1,red\n")
     predict(run, tmp_path / "new.csv", tmp_path / "answers.jsonl")
     assert not (tmp_path / "answers.jsonl.rejects.jsonl").exists()
+
+
+def test_a_file_of_another_dialect_than_the_training_data_is_read_as_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decimal commas, and another word for missing."""
+    frame = rows(300, 4)
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    frame.to_csv(tmp_path / "comma.csv", index=False, sep=";", decimal=",")
+    with (tmp_path / "comma.csv").open("a") as file:
+        file.write("?;red\n")
+    monkeypatch.chdir(tmp_path)
+    how = ["--set", "data.read.decimal=,", "--set", "data.read.missing=['?']"]
+    predict(run, "new.csv", "plain.csv")
+    told = CliRunner().invoke(cli.app, ["predict", str(run.folder), "comma.csv", "-o", "told.csv", *how])
+    assert told.exit_code == 1 and "1 of 301 rows got no answer" in told.output
+    assert json.loads((tmp_path / "told.csv.rejects.jsonl").read_text())["reason"] == "the cell is empty"
+    plain, found = (pd.read_csv(tmp_path / name).drop(columns="file") for name in ("plain.csv", "told.csv"))
+    pd.testing.assert_frame_equal(found, plain)
+    untold = CliRunner().invoke(cli.app, ["predict", str(run.folder), "comma.csv", "-o", "untold.csv"])
+    assert untold.exit_code == 1 and "301 of 301 rows got no answer" in untold.output
+    refused = CliRunner().invoke(cli.app, ["predict", str(run.folder), "new.csv", "--set", "seed=3"])
+    assert "only how the files are read can differ from the run's job" in str(refused.exception)
+    assert isinstance(refused.exception, UserError) and refused.exception.where == "--set seed=3"
 
 
 def test_every_format_has_the_same_digits(run: Run, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,9 +25,12 @@ from made_prepared import make, make_run
 from stores import Bucket
 
 from raylway.data import csv_read
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.models.registry import ModelSpec
 from raylway.predict import predict as predicting
+from raylway.predict.alone import alone
+from raylway.predict.output import output_of
+from raylway.runs import hold
 from raylway.runs.run import Run
 from tests.test_predict import predict, rows, trained, typed
 
@@ -34,22 +41,103 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("place", ["answers.csv", "answers/"])
-def test_of_two_predictions_into_one_place_the_later_one_says_so(
+def test_of_two_predictions_into_one_place_the_later_one_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Both begin where nothing is."""
-    rows(20, 9).to_csv(tmp_path / "new.csv", index=False)
-    real = predicting.commit
+    """Each has answers, and one row without; the later one begins when the first has answered all."""
+    for name, count in (("first", 20), ("second", 30)):
+        rows(count, 9).to_csv(tmp_path / f"{name}.csv", index=False)
+        with (tmp_path / f"{name}.csv").open("a") as file:
+            file.write("1\n")
+    predict(run, tmp_path / "first.csv", f"{tmp_path}/alone/{place}")
+    real, refused = predicting.commit, list[str]()
 
     def slow(*given: Any) -> None:
-        monkeypatch.setattr(predicting, "commit", real)
-        predict(run, tmp_path / "new.csv", f"{tmp_path}/{place}")
+        with pytest.raises(UserError, match="another prediction writes there") as caught:
+            predict(run, tmp_path / "second.csv", f"{tmp_path}/both/{place}")
+        refused.append(str(caught.value))
         real(*given)
 
     monkeypatch.setattr(predicting, "commit", slow)
+    predict(run, tmp_path / "first.csv", f"{tmp_path}/both/{place}")
+    monkeypatch.setattr(predicting, "commit", real)
     with pytest.raises(UserError, match="is there already"):
-        predict(run, tmp_path / "new.csv", f"{tmp_path}/{place}")
-    assert {path.name for path in tmp_path.iterdir()} == {"new.csv", place.rstrip("/")}
+        predict(run, tmp_path / "second.csv", f"{tmp_path}/both/{place}")
+    assert len(refused) == 1
+    expected, found = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "alone", tmp_path / "both")
+    )
+    assert found == expected and len(found) > 1
+
+
+@pytest.mark.parametrize(("place", "whole"), [("answers.csv", [""]), ("answers/", ["_SUCCESS", "part-00000.parquet"])])
+def test_of_two_predictions_into_one_place_of_a_bucket_the_later_one_is_refused(
+    run: Run, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, place: str, whole: list[str]
+) -> None:
+    monkeypatch.setattr(hold, "RENEW_EVERY_S", 0.3)
+    for name, count in (("first", 20), ("second", 30)):
+        rows(count, 9).to_csv(tmp_path / f"{name}.csv", index=False)
+    address, real, refused = bucket.address(f"both-{place}"), predicting.commit, list[str]()
+
+    def slow(*given: Any) -> None:
+        with pytest.raises(UserError, match="another prediction writes there") as caught:
+            predict(run, tmp_path / "second.csv", address)
+        refused.append(str(caught.value))
+        real(*given)
+
+    monkeypatch.setattr(predicting, "commit", slow)
+    assert predict(run, tmp_path / "first.csv", address).answered == 20
+    assert len(refused) == 1 and f"process {os.getpid()} on " in refused[0]
+    with pytest.raises(UserError, match="is there already"):
+        predict(run, tmp_path / "second.csv", address)
+    left = bucket.files.get_file_info(pafs.FileSelector("rows", recursive=True))
+    names = sorted(each.path for each in left if each.is_file and each.path.startswith(f"rows/both-{place}"))
+    assert names == [f"rows/both-{place}{name}" for name in whole]
+
+
+def test_of_two_that_both_believe_that_a_bucket_is_theirs_one_gives_way(
+    run: Run, tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its lease just after this one has looked."""
+    rows(20, 9).to_csv(tmp_path / "new.csv", index=False)
+    address = bucket.address("believed/")
+
+    class Late(predicting.Answerer):
+        def answer(self, item: Any) -> predicting.Done:
+            bucket.write("believed.lease.json", json.dumps(msgspec.to_builtins(other)).encode())
+            return super().answer(item)
+
+    other = hold.Lease("another", "host", 1, 0)
+    monkeypatch.setattr(predicting, "Answerer", Late)
+    with pytest.raises(UserError, match="another prediction writes there"):
+        predict(run, tmp_path / "new.csv", address)
+    left = bucket.files.get_file_info(pafs.FileSelector("rows", recursive=True))
+    assert not [each.path for each in left if each.path.startswith("rows/believed/")]
+    bucket.files.delete_file("rows/believed.lease.json")
+
+
+def test_many_predictions_into_one_place_end_with_the_answers_of_one(run: Run, tmp_path: Path) -> None:
+    """At once, and one after the other has let go of the lock: never two that hold it."""
+    output, holders, most = output_of(str(tmp_path / "answers.csv"), None), 0, []
+    barrier = threading.Barrier(8)
+
+    def act() -> None:
+        nonlocal holders
+        barrier.wait()
+        for _ in range(400):
+            with suppress(UserError), alone(output):
+                holders += 1
+                time.sleep(0)
+                most.append(holders)
+                holders -= 1
+
+    threads = [threading.Thread(target=act) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len(most) > 100 and not list(tmp_path.iterdir())
 
 
 CUT_SHORT = """
@@ -130,11 +218,12 @@ import torch
 
 class Own(torch.nn.Linear):
     def forward(self, numeric, categorical):
-        once = Path(self.folder) / "killed"
-        if Path(self.folder, "armed").exists() and os.getpid() != self.driver and not once.exists():
+        armed, killed = Path(self.folder) / "armed", Path(self.folder) / "killed"
+        if armed.exists() and os.getpid() != self.driver and not (armed.read_text() == "once" and killed.exists()):
             self.passes += 1
-            if self.passes > 40:
-                once.write_text(str(os.getpid()))
+            if self.passes > 40 or armed.read_text() == "always":
+                with killed.open("a") as pids:
+                    pids.write(f"{os.getpid()}\\n")
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(numeric)
 
@@ -147,28 +236,49 @@ def build(num_numeric, category_counts, num_outputs, *, folder, driver):
 """
 
 
+def mortal(folder: Path, patch: pytest.MonkeyPatch) -> Run:
+    """A run whose model dies in the actors of Ray: once where `armed` says so, or always."""
+    (folder / "job").mkdir()
+    (folder / "job" / "own_model_that_dies.py").write_text(OWN)
+    patch.syspath_prepend(str(folder / "job"))
+    table = typed(rows(40)).select(["length"])
+    table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
+    own = make_run(folder, make(folder / "prepared", dict.fromkeys(("train", "validation", "test"), table), "ripe"))
+    spec = ModelSpec("own_model_that_dies:build", {"folder": str(folder), "driver": os.getpid()})
+    made(table, "ripe", {"length": "number"}, spec, steps=5).stage(own.bundle)
+    patch.setattr(csv_read, "RANGE_BYTES", 10_000)
+    return own
+
+
 def test_actors_load_the_bundle_once_and_one_that_is_killed_is_replaced(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "own_model_that_dies.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(tmp_path / "job"))
-    table = typed(rows(40)).select(["length"])
-    table = table.append_column("ripe", pa.array(np.where(table["length"].to_numpy() > 10, "yes", "no")))
-    own = make_run(tmp_path, make(tmp_path / "prepared", dict.fromkeys(("train", "validation", "test"), table), "ripe"))
-    spec = ModelSpec("own_model_that_dies:build", {"folder": str(tmp_path), "driver": os.getpid()})
-    made(table, "ripe", {"length": "number"}, spec, steps=5).stage(own.bundle)
-    monkeypatch.setattr(csv_read, "RANGE_BYTES", 10_000)
+    own = mortal(tmp_path, monkeypatch)
     rows(10_000, 11).to_csv(tmp_path / "new.csv", index=False)
     predict(own, tmp_path / "new.csv", tmp_path / "here.csv")
     (tmp_path / "loads").unlink()
-    (tmp_path / "armed").touch()
+    (tmp_path / "armed").write_text("once")
     monkeypatch.setattr(predicting, "SMALL_BYTES", 0)
     predict(own, tmp_path / "new.csv", tmp_path / "there.csv")
     assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
     loads = (tmp_path / "loads").read_text().split()
-    assert (tmp_path / "killed").read_text() in loads and str(os.getpid()) in loads
+    assert (tmp_path / "killed").read_text().strip() in loads and str(os.getpid()) in loads
     assert 3 <= len(loads) == len(set(loads)) < (tmp_path / "new.csv").stat().st_size // 10_000
+
+
+@pytest.mark.long
+def test_a_part_of_which_every_actor_dies_ends_the_prediction(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = mortal(tmp_path, monkeypatch)
+    rows(100, 11).to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "armed").write_text("always")
+    monkeypatch.setattr(predicting, "SMALL_BYTES", 0)
+    with pytest.raises(RunFailed, match="new.csv: 4 workers died one after the other"):
+        predict(own, tmp_path / "new.csv", tmp_path / "never.csv")
+    killed = (tmp_path / "killed").read_text().split()
+    assert len(killed) == len(set(killed)) == 4 and str(os.getpid()) not in killed
+    assert not (tmp_path / "never.csv").exists()
 
 
 MEMORY = """

@@ -17,6 +17,7 @@ import pytest
 from preparing import prepared
 
 from raylway.data import csv_read, engine, items, passes, pieces, prepare
+from raylway.errors import RunFailed, UserError
 from raylway.job.load import load_job
 from raylway.runs.progress import Reporter
 from tests.test_prepare import contents, dirty, write_parts
@@ -72,6 +73,32 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeyp
     killed = {path.name: int(path.read_text()) for path in marks.iterdir()}
     assert killed.keys() == {"read", "write"} and os.getpid() not in killed.values()
     assert found == expected
+
+
+def test_a_part_of_which_every_worker_dies_ends_the_preparation(tmp_path, monkeypatch, ray_session):
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 2_000)
+    monkeypatch.setattr(engine, "FEW", 0)
+    killed = tmp_path / "killed"
+    real = passes.read
+
+    def read(keyed, **given):
+        if keyed.item.index == 2:
+            with killed.open("a") as pids:
+                pids.write(f"{os.getpid()}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(keyed, **given)
+
+    monkeypatch.setattr(passes, "read", read)
+    folder = place(tmp_path, "broken")
+    with pytest.raises(RunFailed) as failure:
+        prepared(folder, DATA)
+    assert str(failure.value) == (
+        "in/part-0.csv: 4 workers died one after the other while they worked on the same part of it; their memory may "
+        "be too small for it, or the job's own code or model ends its process"
+    )
+    pids = killed.read_text().split()
+    assert len(pids) == len(set(pids)) == 4 and str(os.getpid()) not in pids
+    assert failure.value.exit_code == 1 and not list(folder.glob("runs/prepared/*/manifest.json"))
 
 
 ONE_CPU = """
@@ -193,8 +220,6 @@ def test_pieces_of_a_job_that_names_one_file_do_not_stay(tmp_path):
 
 
 def test_a_failure_in_a_task_reaches_the_driver_from_threads_and_from_ray(monkeypatch, ray_session):
-    from raylway.errors import UserError
-
     def fail(part):
         raise UserError("the made mistake", where=part.name)
 

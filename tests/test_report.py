@@ -22,7 +22,7 @@ from sklearn import metrics as sk
 from raylway import storage
 from raylway.evaluate import baselines, metrics
 from raylway.evaluate.record import Evaluation
-from raylway.features.prepared import LeakTest, Prepared
+from raylway.features.prepared import PROFILE, QUARANTINE, LeakTest, Prepared
 from raylway.report import charts, curves, figures, words
 from raylway.report.report import write
 from raylway.runs.run import Run
@@ -128,15 +128,13 @@ def page(run: Run, prepared: Prepared) -> Page:
 
 def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = data(tmp_path, ["no", "yes"], missing=30, duplicates=4, quarantined=2)
-    quarantine = prepared.folder / "quarantine"
-    quarantine.mkdir()
     bad = {"file": "rows.csv", "line": 17, "column": "x", "reason": "not a number", "cell": "12,5"}
-    (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
+    (prepared.folder / QUARANTINE).write_text(json.dumps(bad) + "\n")
     profile = [
         described("x", minimum=-1.5, maximum=2.0, mean=0.25, missing=30, distinct=400, histogram=[1, 0, 3]),
         described("answer", type="string", role="target", distinct=2, frequent={"no": 300, "yes": 136}),
     ]
-    (prepared.folder / "profile.json").write_text(json.dumps({"columns": profile}))
+    (prepared.folder / PROFILE).write_text(json.dumps({"columns": profile}))
     monkeypatch.setattr("sys.argv", ["raylway", "run", "demo.yaml"])
     run = made_prepared.make_run(tmp_path, prepared, seed="7")
     log_training(run, 50)
@@ -166,12 +164,10 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("classes", [[HOSTILE, "</style>", "plain"], [HOSTILE, "</title><script>"]])
 def test_names_from_the_data_are_text_and_never_markup(tmp_path: Path, classes: list[str]) -> None:
     prepared = data(tmp_path, classes, column="<img src=x onerror=alert(1)>", quarantined=1)
-    quarantine = prepared.folder / "quarantine"
-    quarantine.mkdir()
     bad = {"file": "<b>.csv", "line": 1, "column": "<i>", "reason": "<u>", "cell": "</code><script>"}
-    (quarantine / "rows.jsonl").write_text(json.dumps(bad) + "\n")
+    (prepared.folder / QUARANTINE).write_text(json.dumps(bad) + "\n")
     column = described("<script>", type="<b>", role="<i>", examples=["<u>"], frequent={"<script>": 3})
-    (prepared.folder / "profile.json").write_text(json.dumps({"columns": [column]}))
+    (prepared.folder / PROFILE).write_text(json.dumps({"columns": [column]}))
     run = made_prepared.make_run(tmp_path, prepared, storage="</pre><script>")
     log_training(run, 5)
     log_evaluation(run, prepared)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
+import functools
 import gzip
 import io
+import itertools
 import json
+import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +21,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import feather
 from typer.testing import CliRunner
 
-from raylway import cli
-from raylway.data import leaks, prepare, trace
+from raylway import cli, storage
+from raylway.data import csv_read, division, leaks, prepare, remote, trace
 from raylway.data.leaks import Contents, leak_test
 from raylway.errors import UserError
-from raylway.features.prepared import DUPLICATES, LINE_BITS, SPLITS, LeakTest, Prepared, Shard
+from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, LeakTest, Prepared, Shard
 from raylway.job.load import LoadedJob, load_job
 from raylway.runs.progress import Reporter
 from raylway.runs.run import Run
@@ -108,7 +115,7 @@ def test_a_quarantined_row_of_a_parquet_file_is_found_by_its_group(tmp_path: Pat
             writer.write_table(table, max_chunksize=30)
     loaded = job(tmp_path, f"rows.{ending}", features={"numeric": ["size"]}, clean={"max_invalid": "20%"})
     prepared = made(tmp_path, loaded)
-    found = trace.quarantined(prepared.folder, 20)
+    found = trace.quarantined(prepared, 20)
     assert [(row["line"] - 1, row["cell"]) for row in found.rows] == [(at, f"bad {at}") for at in bad]
     for row in found.rows:
         if ending == "parquet":
@@ -175,6 +182,54 @@ def write(folder: Path, name: str, frame: pd.DataFrame) -> tuple[str, dict[str, 
     return path.name, {}
 
 
+@pytest.fixture(params=["s3", "https"])
+def put(request: pytest.FixtureRequest) -> Iterator[Callable[[str, bytes], str]]:
+    """Gives a file to a real server; returns its address."""
+    server = request.getfixturevalue("s3_server" if request.param == "s3" else "web")
+    if request.param == "https":
+        yield server.put
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.variables.items():
+            patch.setenv(name, value)
+        remote.system.cache_clear()
+        yield lambda name, content: server.write(name, content) or server.address(name)
+    remote.system.cache_clear()
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+def test_rows_of_a_server_are_found_as_those_on_disk(
+    tmp_path: Path, put: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(csv_read, "RANGE_BYTES", 1_000)
+
+    def written(frame: pd.DataFrame) -> bytes:
+        if ending == "parquet":
+            frame.to_parquet(tmp_path / "made", row_group_size=30)
+            return (tmp_path / "made").read_bytes()
+        text = (TEXT + frame.to_csv(index=False, header=False)).encode()
+        return gzip.compress(text) if ending.endswith("gz") else text
+
+    content = written(rows())
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / f"show.{ending}").write_bytes(content)
+    address = put(f"show.{ending}", content)
+    here, there = job(tmp_path / "here", f"show.{ending}"), job(tmp_path / "there", address)
+    known, asked = made(tmp_path / "here", here), made(tmp_path / "there", there)
+    lines = (1, 30, 31, 80) if ending == "parquet" else (2, 4, 5, 6, 40, 85)
+    for line in lines:
+        wanted, found = trace.trace(known, here, str(line), None), trace.trace(asked, there, str(line), None)
+        assert (found.file, wanted.file) == (address, f"show.{ending}") and found.record
+        assert dataclasses.replace(found, file=wanted.file) == wanted
+    monkeypatch.chdir(tmp_path / "there")
+    shown = CliRunner().invoke(cli.app, ["show", "job.yaml", "--row", f"{address}:{lines[-1]}"])
+    assert shown.exit_code == 0 and f"(row id {lines[-1]})" in shown.output, shown.output
+
+    put(f"show.{ending}", written(rows().iloc[::-1]))
+    assert "has changed since" in trace.trace(asked, there, str(lines[-1]), None).changed
+
+
 def test_what_names_no_row(tmp_path: Path) -> None:
     loaded = csv(tmp_path)
     prepared = made(tmp_path, loaded)
@@ -210,6 +265,9 @@ def test_the_quarantine_is_counted_and_listed(tmp_path: Path) -> None:
     copies = pa.table({"row_id": pa.array([9, 10, 11], pa.uint64()), "first_row_id": pa.array([2, 2, 3], pa.uint64())})
     with pa.ipc.new_file(str(prepared.folder / DUPLICATES), copies.schema) as writer:
         writer.write_table(copies)
+    listed = {DUPLICATES: storage.checksum(prepared.folder / DUPLICATES)}
+    manifest = msgspec.structs.replace(prepared.manifest, set_aside=prepared.manifest.set_aside | listed)
+    storage.write_sealed(prepared.folder / MANIFEST, manifest)
     found = json.loads(
         CliRunner().invoke(cli.app, ["quarantine", str(tmp_path / "job.yaml"), "--json", "--limit", "2"]).output
     )
@@ -238,33 +296,64 @@ def test_the_leak_test_passes_and_sees_what_is_broken(tmp_path: Path) -> None:
     assert manifest.leak_test == LeakTest(manifest.account.kept, manifest.account.kept, 0, 0, 0)
     sides = {split: prepared.rows(split).take(np.arange(len(prepared.rows(split))))[3] for split in SPLITS}
     ids = np.sort(np.concatenate(list(sides.values())))
-    hashes = np.stack([ids * np.uint64(0x9E3779B97F4A7C15), ids], axis=1)
+    places = np.arange(len(ids))
 
-    def broken(contents: Contents) -> LeakTest:
-        return leak_test(prepared.folder, manifest.shards, len(ids), [lambda: contents])
+    def broken(contents: Contents, words: np.ndarray = ids, shards: list[Shard] = manifest.shards) -> LeakTest:
+        """`words` say what the rows hold."""
+        order = np.argsort(words, kind="stable")
+        table = pa.table({"key": words[order] >> np.uint64(1), "rest": words[order]})
+        moved = dataclasses.replace(contents, places=np.argsort(order)[: len(contents.row_ids)])
+        return leak_test(prepared.folder, shards, len(ids), [lambda: moved], [table])
 
-    assert broken(Contents(ids, hashes)).passed
-    equal = hashes.copy()
+    assert broken(Contents(ids, places)).passed
+    equal = ids.copy()
     train, test = (np.searchsorted(ids, sides[split][0]) for split in ("train", "test"))
     equal[train] = equal[test]
-    assert broken(Contents(ids, equal)) == LeakTest(len(ids), len(ids), 0, 0, 1)
+    assert broken(Contents(ids, places), equal) == LeakTest(len(ids), len(ids), 0, 0, 1)
     group = ids.copy()
-    assert broken(Contents(ids, hashes, group=group)).groups_on_two_sides == 0
+    assert broken(Contents(ids, places, group=group)).groups_on_two_sides == 0
     group[train] = group[test]
-    assert broken(Contents(ids, hashes, group=group)).groups_on_two_sides == 1
+    assert broken(Contents(ids, places, group=group)).groups_on_two_sides == 1
     order = {int(row): number for number, split in enumerate(SPLITS) for row in sides[split]}
     instant = np.array([order[int(row)] for row in ids], float)
-    assert broken(Contents(ids, hashes, instant=instant)).out_of_order == 0
+    assert broken(Contents(ids, places, instant=instant)).out_of_order == 0
     instant[train] = 5
-    found = broken(Contents(ids, hashes, instant=instant))
+    found = broken(Contents(ids, places, instant=instant))
     assert found.out_of_order == 1 and not found.passed
     more = np.append(ids, np.uint64(10**6))
-    assert broken(Contents(more, np.append(hashes, hashes[-1:] + np.uint64(1), axis=0))).unplaced == 1
+    assert broken(Contents(more, places), more).unplaced == 1
     (first,) = prepared.shards("test")
     twice = [*manifest.shards, msgspec.structs.replace(first, split="train")]
-    assert (
-        leak_test(prepared.folder, twice, len(ids), [lambda: Contents(ids, hashes)]).row_ids_on_two_sides == first.rows
-    )
+    assert broken(Contents(ids, places), shards=twice).row_ids_on_two_sides == first.rows
+
+
+@given(st.data())
+def test_every_content_on_two_sides_is_found_whatever_the_ranges(data: st.DataObject) -> None:
+    """Against a count by hand, in ranges of few rows; some rows share a key and are not equal."""
+    count = data.draw(st.integers(1, 60))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    content = draw.integers(0, data.draw(st.integers(1, 80)), count).astype(np.uint64)
+    side = draw.integers(0, 3, count)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(division, "BUCKET_ROWS", data.draw(st.integers(1, 20)))
+        patch.setattr(division, "_EVERY", 1)
+        shards = []
+        for number, split in enumerate(SPLITS):
+            table = pa.table({"row_id": np.flatnonzero(side == number).astype(np.uint64)})
+            with pa.ipc.new_file(f"{name}/{split}", table.schema) as writer:
+                writer.write_table(table)
+            shards.append(Shard(split, split, table.num_rows, 0, ""))
+        cuts = [0, *sorted(draw.integers(0, count, 2).tolist()), count]
+        parts, tables = [], []
+        for low, high in itertools.pairwise(cuts):
+            words = content[low:high]
+            order = np.argsort(words // 3, kind="stable")
+            tables.append(pa.table({"key": words[order] // 3, "rest": words[order]}))
+            ids = np.arange(low, high).astype(np.uint64)
+            parts.append(functools.partial(Contents, ids, np.argsort(order)))
+        found = leak_test(Path(name), shards, count, parts, tables)
+    expected = sum(len(set(side[content == each])) - 1 for each in np.unique(content))
+    assert found == LeakTest(count, count, 0, 0, expected)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +372,7 @@ def test_a_preparation_that_leaks_is_told_in_the_report(
     """The written shards are spoilt before the leak test reads them, as a mistake of ours would."""
     real = leaks.leak_test
 
-    def spoilt(folder: Path, shards: list[Shard], kept: int, parts: Any) -> LeakTest:
+    def spoilt(folder: Path, shards: list[Shard], kept: int, parts: Any, tables: Any) -> LeakTest:
         by_side = {shard.split: folder / shard.file for shard in shards}
         train, test = (pa.ipc.open_file(str(by_side[side])).read_all() for side in ("train", "test"))
         if sabotage in ("copy", "repeat"):
@@ -295,13 +384,16 @@ def test_a_preparation_that_leaks_is_told_in_the_report(
             train = train.slice(1)
         else:  # a row of the source that equals a test row goes to training
             (contents,) = (part() for part in parts)
-            at = {int(row): place for place, row in enumerate(contents.row_ids)}
-            places = [at[table["row_id"][0].as_py()] for table in (train, test)]
-            contents.hashes[places[0]] = contents.hashes[places[1]]
-            parts = [lambda: contents]
+            at = dict(zip(contents.row_ids.tolist(), contents.places.tolist(), strict=True))
+            equal = pd.DataFrame({name: tables[0][name].to_numpy() for name in ("key", "rest")})
+            equal.loc[at[train["row_id"][0].as_py()]] = equal.loc[at[test["row_id"][0].as_py()]]
+            order = np.argsort(equal["key"].to_numpy(), kind="stable")
+            tables = [pa.Table.from_pandas(equal.iloc[order], preserve_index=False)]
+            moved = dataclasses.replace(contents, places=np.argsort(order)[contents.places])
+            parts = [lambda: moved]
         with pa.ipc.new_file(str(by_side["train"]), train.schema) as writer:
             writer.write_table(train)
-        return real(folder, shards, kept, parts)
+        return real(folder, shards, kept, parts, tables)
 
     monkeypatch.setattr(leaks, "leak_test", spoilt)
     loaded = csv(tmp_path)

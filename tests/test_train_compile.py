@@ -77,7 +77,7 @@ def test_what_can_not_be_compiled_runs_as_it_is(tmp_path: Path, rank: int | None
     assert told["reason"].startswith(f"rank {rank or 0}: ")
     assert "user_models.py:" in told["reason"]
     assert "in forward" in told["reason"]
-    (note,) = compiled._lines("note")
+    (note,) = compiled.lines("note")
     assert note["text"] == f"model.compile: {told['reason']}; training goes on without it"
     assert_same(plain, compiled, reports[0].last_checkpoint)
 

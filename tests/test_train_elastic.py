@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 import pytest
 import ranks
+from ray._private.state import state
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from user_models import FOLDER
 
 from raylway.errors import UserError
@@ -151,7 +152,7 @@ class Policy(elastic.AskingPolicy):
         return decision.num_workers if isinstance(decision, ResizeDecision) else None
 
 
-def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
+def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = elastic.scaling(plan(job(), "classification", 1_000, 10, 4, 1, 0))
     assert (config.min_workers, config.max_workers) == (2, 6)
     config.elastic_resize_monitor_interval_s = 0.0
@@ -163,6 +164,12 @@ def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path) -> None:
         assert asked.exists() == expected, (nodes, workers)
         policy.before_controller_execute_resize_decision(None)  # whatever comes, a start follows
         assert not asked.exists()
+
+    # Node 3 is about to be taken away: nothing is started there, and who is there has notice.
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: {"3": 0})
+    policy.nodes = 4
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    assert policy.look(4) is None and asked.exists()
 
     # A folder that can't be written is no reason to end a run.
     lost = Policy(config, tmp_path / "lost")
@@ -177,8 +184,8 @@ def test_ray_calls_what_the_policy_answers() -> None:
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
         assert f"self._scaling_policy.{name}(" in re.sub(r"\s+", "", controller)
     assert '"before_controller_execute_resize_decision", decision' in controller
-    assert "self._initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
-    assert "scaling_policy=" in inspect.getsource(TorchTrainer.fit)
+    assert "self._initialize_and_run_controller(" in inspect.getsource(DataParallelTrainer.fit)
+    assert "scaling_policy=" in inspect.getsource(DataParallelTrainer.fit)
     assert issubclass(elastic.AskingPolicy, ControllerCallback)
 
 

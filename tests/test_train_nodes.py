@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nodes
 import numpy as np
@@ -71,16 +71,14 @@ class Driver:
         return self.process.communicate(timeout=300)[0].splitlines()[-1]
 
 
-def last_step(metrics: IO[bytes]) -> int:
-    """Of an attempt: the next one goes on in a file of its own, so this one shows whatever it has made."""
-    return max(line["step"] for line in map(json.loads, metrics) if line["kind"] == "step")
-
-
 def starts(case: ranks.Case) -> list[tuple[int, int]]:
     """Workers and first step of each start of the group."""
+    return [(event["workers"], event["from_step"]) for event in events(case, "attempt started")]
+
+
+def events(case: ranks.Case, name: str) -> list[dict[str, Any]]:
     lines = case.run.events.read_text().splitlines() if case.run.events.exists() else []
-    events = [json.loads(line) for line in lines]
-    return [(event["workers"], event["from_step"]) for event in events if event["event"] == "attempt started"]
+    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 @pytest.mark.long
@@ -109,24 +107,20 @@ def test_a_group_grows_with_a_node_and_shrinks_without_it(tmp_path: Path) -> Non
         driver = Driver(case, cluster, tmp_path / "log")
         driver.wait_for(lambda: reached() > 10)
         assert starts(case) == [(1, 0)]
-        with case.run.metrics.open("rb") as metrics:
-            cluster.have(2)
-            driver.wait_for(lambda: len(starts(case)) > 1)
-            last_of_one = last_step(metrics)
+        cluster.have(2)
         driver.wait_for(lambda: any(case.run.checkpoints.glob("step-*-a002/manifest.json")))
-        with case.run.metrics.open("rb") as metrics:
-            cluster.kill(cluster.ids[-1])
-            driver.wait_for(lambda: len(starts(case)) > 2)
-            last_of_two = last_step(metrics)
+        cluster.kill(cluster.ids[-1])
+        driver.wait_for(lambda: len(starts(case)) > 2)
         slow.unlink()
         printed = driver.printed()
     assert driver.process.returncode == 0, driver.shown()
 
     _, (grown, second), (shrunk, third) = starts(case)
     assert (grown, shrunk) == (2, 1)
-    assert second == last_of_one, "growth loses no step"
-    assert second < third <= last_of_two
-    assert third % 40 == 0, "the newest checkpoint that was due"
+    assert second < third
+    assert third % 40 == 0, "a checkpoint that was due"
+    lost = [event["lost_steps"] for event in events(case, "attempt continues")]
+    assert lost[0] == 0, "growth loses no step"
     resized = f"from 1 to 2 workers at step {second:,}; from 2 to 1 workers at step {third:,}"
     assert printed == f"step-00001500-a003|3|{resized}"
     assert f"resized from 1 to 2 workers at step {second:,}" in driver.shown()

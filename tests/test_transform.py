@@ -293,7 +293,7 @@ def test_a_column_differs_from_the_section() -> None:
         (ColumnTransform(scale="log"), 1, "scale means nothing for the column 'x', which is a category"),
         (ColumnTransform(rare=2), 0, "rare means nothing for the column 'x', which is numeric"),
         (ColumnTransform(rare=2), 2, "rare means nothing for the column 'x', which is a date"),
-        (ColumnTransform(impute=3.0), 2, "a number can't stand in for a missing date"),
+        (ColumnTransform(impute=3.0), 2, "this can't stand in for a missing cell of the column 'x', which is a date"),
     ],
 )
 def test_keys_that_mean_nothing_for_a_column(own: ColumnTransform, role: int, words: str) -> None:

@@ -156,6 +156,57 @@ def test_missing_cells_are_filled_as_scikit_learn_does(tmp_path: Path, impute: A
     close(wide, np.hstack([filled, MissingIndicator().fit(fitted).transform(x[:, None])]))
 
 
+@pytest.mark.parametrize("categories", ["embedding", "one_hot"])
+@pytest.mark.parametrize("constant", ["none", "c3"])
+def test_a_constant_stands_in_for_categories_as_in_scikit_learn(tmp_path: Path, categories: str, constant: str) -> None:
+    """Of text, of numbers, of booleans; a new category, or one that is there already."""
+    rng, side = np.random.default_rng(5), sides()
+    drawn = {
+        "text": np.array([f"c{number}" for number in rng.integers(0, 6, ROWS)], object),
+        "number": rng.integers(0, 4, ROWS).astype(object),
+        "flag": (rng.random(ROWS) < 0.4).astype(object),
+        "whole": np.array([f"w{number}" for number in rng.integers(0, 3, ROWS)], object),
+    }
+    for name, cells in drawn.items():
+        cells[(rng.random(ROWS) < 0.3) & ((side != "train") | (name != "whole"))] = None
+    frame = pd.DataFrame(drawn).assign(side=side, y=rng.normal(size=ROWS)).convert_dtypes()
+    constants = {"text": constant, "number": 7, "flag": "none", "whole": constant}
+    columns = {name: {"impute": each} for name, each in constants.items()}
+    section = {"categories": categories, "columns": columns, "indicator": True}
+    found = job(tmp_path, frame, section, features={"categorical": ["number"]})
+    wide, codes = inputs(found)
+    spelt = {name: [None if cell is None else str(cell).lower() for cell in cells] for name, cells in drawn.items()}
+    for place, name in enumerate(feature.name for feature in found.manifest.transform.categorical):
+        cells, train = np.array(spelt[name], object)[:, None], side == "train"
+        fill = SimpleImputer(strategy="constant", fill_value=str(constants[name]), missing_values=None)
+        filled = fill.fit_transform(cells)
+        one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(filled[train])
+        expected = one_hot.transform(filled)
+        if name != "whole":  # in training it misses no cell
+            expected = np.hstack([expected, (cells == None).astype(float)])  # noqa: E711
+        if categories == "one_hot":
+            assert (wide[:, : expected.shape[1]] == expected).all(), name
+            wide = wide[:, expected.shape[1] :]
+        else:
+            hot = expected[:, : len(one_hot.categories_[0])]
+            assert (codes[:, place] == (hot * np.arange(1, hot.shape[1] + 1)).sum(axis=1)).all(), name
+
+
+@pytest.mark.parametrize("constant", ["2000-02-29", "1999-12-31T23:00:00Z"])
+def test_a_constant_date_stands_in_as_if_it_stood_there(tmp_path: Path, constant: str) -> None:
+    rng, side = np.random.default_rng(6), sides()
+    days = pd.Timestamp("2013-01-01T05:00:00") + pd.to_timedelta(rng.integers(0, 9000, ROWS), "h")
+    text = pd.Series(days).dt.strftime("%Y-%m-%dT%H:%M:%SZ").astype(object)
+    gaps = text.mask(rng.random(ROWS) < 0.3, None)
+    frame = pd.DataFrame({"d": gaps, "side": side, "y": rng.normal(size=ROWS)})
+    section = {"scale": "none", "columns": {"d": {"impute": constant}}}
+    data = {"features": {"date": ["d"]}}
+    gapped = inputs(job(tmp_path / "gaps", frame, section, **data))
+    filled = inputs(job(tmp_path / "filled", frame.assign(d=gaps.fillna(constant)), section, **data))
+    assert len(gapped[0][0]) + len(gapped[1][0]) == 6
+    assert (gapped[0] == filled[0]).all() and (gapped[1] == filled[1]).all()
+
+
 @pytest.mark.parametrize("rare", [1, 6])
 def test_categories_are_those_of_scikit_learn(tmp_path: Path, rare: int) -> None:
     """Some categories are only among the other rows: unknown."""

@@ -32,6 +32,10 @@ RunName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.optimizer.lr=0.01.")
 ]
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Read SOURCE otherwise than the run does: data.read.decimal=,"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Progress and result as JSON, one object a line.")]
 Storage = Annotated[
     str, typer.Option("--storage", metavar="PLACE", help="Where runs are looked for: a folder, or s3://bucket/path.")
@@ -141,11 +145,12 @@ def predict(
     format_: Annotated[
         str | None, typer.Option("--format", help="Write a folder of parts: csv, jsonl or parquet.")
     ] = None,
+    set_: ReadAs = None,
     storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
     """Answer every row of a source with a run's model; prints CSV unless --output names a place."""
-    from raylway.job.load import load_job
+    from raylway.data.inputs import job_of
     from raylway.predict.output import output_of
     from raylway.predict.predict import predict as answer
     from raylway.runs.run import find_run
@@ -153,7 +158,7 @@ def predict(
 
     place = output_of(output, format_)
     found = find_run(existing_root(storage), run, with_bundle=True)
-    done = answer(load_job(found.job), found.bundle, source, place, _reporter(json_))
+    done = answer(job_of(found.job, set_ or ()), found.bundle, source, place, _reporter(json_))
     if output is not None:
         print(f"{done.answered:,} rows answered: {output}", file=sys.stderr)
     if done.rejected:
@@ -168,6 +173,7 @@ def predict(
 def drift(
     run: RunName,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="New rows: whatever data.source takes.")],
+    set_: ReadAs = None,
     storage: Storage = "runs",
     json_: Json = False,
 ) -> None:
@@ -175,12 +181,12 @@ def drift(
     from raylway.bundle.contents import load
     from raylway.data.drift import as_text
     from raylway.data.drift import drift as compare
-    from raylway.job.load import load_job
+    from raylway.data.inputs import job_of
     from raylway.runs.run import find_run
     from raylway.storage import existing_root
 
     of_run = find_run(existing_root(storage), run, with_bundle=True)
-    found = compare(load(of_run.bundle).record, source, load_job(of_run.job).job)
+    found = compare(load(of_run.bundle).record, source, job_of(of_run.job, set_ or ()).job)
     print(_as_json(found) if json_ else as_text(found))
     if found.drifted:
         raise typer.Exit(1)
@@ -197,7 +203,7 @@ def quarantine(
     from raylway.data import trace
 
     prepared = _prepared_of(run, storage)[0]
-    found = trace.quarantined(prepared.folder, limit)
+    found = trace.quarantined(prepared, limit)
     print(_as_json(found) if json_ else trace.quarantine_text(found, prepared.manifest.account.missing))
 
 

@@ -69,7 +69,7 @@ def stage(
         )
         examples.write(made, Predictor(Bundle(made, record)))
         record = msgspec.structs.replace(record, files=contents.listed(made))
-        storage.write_record(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
+        storage.write_sealed(made / RECORD, msgspec.structs.replace(record, version=contents.version(record)))
 
 
 def publish(staged: Place, final: Place, metrics: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def publish(staged: Place, final: Place, metrics: dict[str, Any]) -> None:
     record = msgspec.structs.replace(bundle.record, metrics=metrics)
     if isinstance(staged, Path):
         assert isinstance(final, Path)
-        storage.write_record(staged / RECORD, record)
+        storage.write_sealed(staged / RECORD, record)
         shutil.rmtree(final, ignore_errors=True)
         staged.rename(final)
         storage.sync_folder(final.parent)
@@ -99,7 +99,7 @@ def publish(staged: Place, final: Place, metrics: dict[str, Any]) -> None:
     _remove(final)
     for file in record.files:  # from the cache: nothing can be renamed in a bucket
         buckets.upload(bundle.folder / file.path, final / file.path)
-    storage.write_record(final / RECORD, record)
+    storage.write_sealed(final / RECORD, record)
     _remove(staged)
 
 

@@ -183,6 +183,7 @@ def _nothing(place: Place) -> UserError:
         "there is no whole bundle here",
         where=str(place),
         expected=f"a folder with {RECORD}, which is written last",
+        found="none",
         fix="name the bundle folder of a run that has finished; raylway run JOB finishes one",
     )
 

@@ -254,15 +254,8 @@ class _Buckets:
 
     def __init__(self, tables: Sequence[pa.Table], codes: list[np.ndarray], plan: Plan) -> None:
         self._tables, self._codes, self._plan = tables, codes, plan
-        sample = np.sort(np.concatenate([table["key"].to_numpy()[_EVERY - 1 :: _EVERY].copy() for table in tables]))
-        step = max(1, BUCKET_ROWS // _EVERY)
-        total = sum(table.num_rows for table in tables)
-        borders = np.unique(sample[step - 1 :: step]) if total > BUCKET_ROWS else sample[:0]
-        self._edges = []
-        for table in tables:
-            inner = np.searchsorted(table["key"].to_numpy(), borders, side="right")
-            self._edges.append(np.concatenate([[0], inner, [table.num_rows]]))
-        self._count = len(borders) + 1
+        self._edges = key_ranges(tables)
+        self._count = len(self._edges[0]) - 1
         self._only: _Bucket | None = None
 
     def __len__(self) -> int:
@@ -287,6 +280,19 @@ class _Buckets:
         stratum = columns.pop("code")
         columns["stratum"] = stratum if self._plan.by_class else np.zeros(len(stratum), np.int32)
         return columns
+
+
+def key_ranges(tables: Sequence[pa.Table]) -> list[np.ndarray]:
+    """Ranges of keys that each have about `BUCKET_ROWS` rows: by table where each begins, and where the last ends."""
+    sample = np.sort(np.concatenate([table["key"].to_numpy()[_EVERY - 1 :: _EVERY].copy() for table in tables]))
+    step = max(1, BUCKET_ROWS // _EVERY)
+    total = sum(table.num_rows for table in tables)
+    borders = np.unique(sample[step - 1 :: step]) if total > BUCKET_ROWS else sample[:0]
+    edges = []
+    for table in tables:
+        inner = np.searchsorted(table["key"].to_numpy(), borders, side="right")
+        edges.append(np.concatenate([[0], inner, [table.num_rows]]))
+    return edges
 
 
 def _order(columns: dict[str, np.ndarray], ordering: Ordering) -> np.ndarray:

@@ -7,7 +7,7 @@ do not depend on the other rows; columns that are no input are not read.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from raylway.errors import UserError
 from raylway.features.schema import as_float64, canonical_text
 from raylway.features.signature import Input, Signature
 from raylway.features.texts import Decimal, category_names
-from raylway.job.load import LoadedJob
+from raylway.job.load import LoadedJob, load_job
 from raylway.job.schema import Job
+from raylway.storage import Place
 
 
 class How(msgspec.Struct, frozen=True):
@@ -41,6 +42,29 @@ class How(msgspec.Struct, frozen=True):
     def of(cls, job: Job) -> How:
         read = job.data.read
         return cls(read.decimal, job.data.clean.infinite == "missing", read.missing_words)
+
+
+def job_of(path: Place, overrides: Sequence[str]) -> LoadedJob:
+    """The job of a run, its rows read as a person says: files to predict may be of another dialect than those of
+    training.
+
+    Args:
+        path: `job.yaml` of the run.
+        overrides: `data.read.key=value` texts of `--set`.
+
+    Raises:
+        UserError: One names another key, or breaks the schema.
+    """
+    for text in overrides:
+        if not text.startswith("data.read."):
+            raise UserError(
+                "only how the files are read can differ from the run's job",
+                where=f"--set {text}",
+                expected="data.read.KEY=VALUE, such as data.read.decimal=,",
+                found=text.partition("=")[0],
+                fix="take it out; another model is another run",
+            )
+    return load_job(path, overrides)
 
 
 @dataclass(frozen=True)

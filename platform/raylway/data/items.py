@@ -54,6 +54,10 @@ class Range(msgspec.Struct, frozen=True, tag=True):
     def size(self) -> int:
         return self.end - self.start
 
+    @property
+    def name(self) -> str:
+        return self.location.name
+
 
 class Group(msgspec.Struct, frozen=True, tag=True):
     """A row group of a Parquet file, or a record batch of an Arrow file."""
@@ -88,6 +92,12 @@ Part = Stream | Range | Group | Slice
 class Item(msgspec.Struct, frozen=True):
     index: int
     parts: list[Part]
+
+    @property
+    def name(self) -> str:
+        """Of its file; of the first of several, and how many there are."""
+        names = list(dict.fromkeys(part.location.name for part in self.parts))
+        return names[0] if len(names) == 1 else f"{names[0]} and the next {len(names) - 1} files"
 
 
 class Reading(msgspec.Struct, frozen=True):

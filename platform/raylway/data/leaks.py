@@ -1,8 +1,8 @@
 """The leak test: proved on the written shards, not on the decisions that led to them.
 
-The sides are read back from the shards' row ids; what the rows hold comes from the pieces of the source. Rows are
-compared by their 128-bit hash, so equal rows can't be missed. Memory stays flat: of more than `_MOST` rows only those
-whose hash falls below a bound are compared, a fixed part of all contents, and the record says how many.
+The sides are read back from the shards' row ids; what the rows hold comes from the pieces of the source. All rows are
+compared, by their 128-bit hash, so equal rows can't be missed: one range of keys after the other, as they were divided.
+Memory stays flat but for a byte a row.
 """
 
 from __future__ import annotations
@@ -16,43 +16,42 @@ import numpy as np
 import pyarrow as pa
 
 from raylway import storage
-from raylway.data import engine
-from raylway.data.rowhash import mix
+from raylway.data import division, engine
 from raylway.features.prepared import SPLITS, LeakTest, Shard
 from raylway.storage import Place
-
-_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What some kept rows of the source hold: ids uint64 [n], hashes uint64 [n, 2], in ascending order of the ids.
+    """The kept rows of a piece: ids uint64 [n], ascending, and their places in its table (`ordering`), int64 [n].
 
     `group` (uint64 [n], a hash of the group) and `instant` (float64 or int64 [n]) only for such a split.
     """
 
     row_ids: np.ndarray
-    hashes: np.ndarray
+    places: np.ndarray
     group: np.ndarray | None = None
     instant: np.ndarray | None = None
 
 
-def leak_test(folder: Place, shards: list[Shard], rows: int, parts: Sequence[Callable[[], Contents]]) -> LeakTest:
+def leak_test(
+    folder: Place,
+    shards: list[Shard],
+    rows: int,
+    parts: Sequence[Callable[[], Contents]],
+    tables: Sequence[pa.Table],
+) -> LeakTest:
     """Look for anything that stands on two sides of the split.
 
     Args:
         folder: The prepared folder with its shards written.
         shards: All of them.
         rows: Kept rows.
-        parts: Each gives some kept rows of the source; together all of them.
+        parts: By piece: its kept rows.
+        tables: By piece: its usable rows (`ordering.ordered`).
     """
     sides = _Sides(folder, shards)
-    bound = np.uint64(min(2**64 - 1, int(_MOST / max(1, rows) * 2.0**64))) if rows > _MOST else np.uint64(2**64 - 1)
-
-    def placed(part: Callable[[], Contents]) -> _Placed:
-        return _placed(part(), sides, bound)
-
-    each = list(engine.side_by_side(placed, parts))
+    each = list(engine.side_by_side(lambda part: _placed(part(), sides), parts))
     groups = [part.groups for part in each if part.groups is not None]
     spans: dict[int, list[float]] = {}
     for part in each:
@@ -65,7 +64,7 @@ def leak_test(folder: Place, shards: list[Shard], rows: int, parts: Sequence[Cal
         unplaced=sum(part.unplaced for part in each),
         foreign=sides.rows - sum(part.found for part in each),
         row_ids_on_two_sides=sum(part.twice for part in each),
-        equal_rows_on_two_sides=_on_two_sides([part.hashes for part in each], [part.sides for part in each]),
+        equal_rows_on_two_sides=_contents_on_two_sides(tables, each),
         groups_on_two_sides=_groups_on_two_sides(groups) if groups else None,
         out_of_order=_out_of_order(spans) if spans else None,
     )
@@ -73,10 +72,12 @@ def leak_test(folder: Place, shards: list[Shard], rows: int, parts: Sequence[Cal
 
 @dataclass(frozen=True)
 class _Placed:
-    """Where some kept rows are: the hashes that are compared, with their sides, and what else is known of all."""
+    """Where the kept rows of a piece are."""
 
-    hashes: np.ndarray
+    places: np.ndarray
+    """In its table."""
     sides: np.ndarray
+    """int8 [n]; 0 where no shard has the row."""
     unplaced: int
     twice: int
     found: int
@@ -87,9 +88,8 @@ class _Placed:
     """First and last instant by side."""
 
 
-def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
+def _placed(part: Contents, sides: _Sides) -> _Placed:
     side, twice, found = sides.of(part.row_ids)
-    chosen = mix(part.hashes[:, 0].copy()) <= bound
     groups, spans = None, {}
     if part.group is not None:
         groups = np.unique(np.stack([part.group, side.astype(np.uint64)], axis=1), axis=0)
@@ -97,7 +97,7 @@ def _placed(part: Contents, sides: _Sides, bound: np.uint64) -> _Placed:
         for number in np.unique(side):
             mine = part.instant[side == number]
             spans[int(number)] = float(mine.min()), float(mine.max())
-    return _Placed(part.hashes[chosen], side[chosen], int((side == 0).sum()), twice, found, groups, spans)
+    return _Placed(part.places, side, int((side == 0).sum()), twice, found, groups, spans)
 
 
 class _Sides:
@@ -141,15 +141,40 @@ def _row_ids(path: Path) -> np.ndarray:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["row_id"].combine_chunks().to_numpy()
 
 
-def _on_two_sides(hashes: list[np.ndarray], held: list[np.ndarray]) -> int:
+def _contents_on_two_sides(tables: Sequence[pa.Table], placed: list[_Placed]) -> int:
     """How many different contents stand on more than one side."""
-    if not hashes:
+    edges = division.key_ranges(tables)
+    held = []
+    for table, each in zip(tables, placed, strict=True):
+        sides = np.full(table.num_rows, -1, np.int8)
+        sides[each.places] = each.sides
+        held.append(sides)
+
+    def counted(number: int) -> int:
+        parts = []
+        for table, own, sides in zip(tables, edges, held, strict=True):
+            some = table.slice(own[number], own[number + 1] - own[number])
+            words = [some[name].to_numpy() for name in ("key", "identity", "rest") if name in table.column_names]
+            parts.append([*words, sides[own[number] : own[number + 1]]])
+        *hashes, side = (np.concatenate(column) for column in zip(*parts, strict=True))
+        kept = side >= 0
+        return _on_two_sides([word[kept] for word in hashes], side[kept])
+
+    return sum(engine.side_by_side(counted, range(len(edges[0]) - 1))) if edges else 0
+
+
+def _on_two_sides(words: list[np.ndarray], side: np.ndarray) -> int:
+    """Of rows with their words, of which the first alone tells nearly all apart."""
+    order = np.argsort(words[0], kind="stable")
+    key = words[0][order]
+    begins = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+    if not len(begins):
         return 0
-    every, side = np.concatenate(hashes), np.concatenate(held)
-    order = np.lexsort((side, every[:, 1], every[:, 0]))
-    every, side = every[order], side[order]
-    same = (every[1:] == every[:-1]).all(axis=1)
-    return int((same & (side[1:] != side[:-1])).sum())
+    mixed = np.minimum.reduceat(side[order], begins) != np.maximum.reduceat(side[order], begins)
+    rows = order[np.repeat(mixed, np.diff(np.append(begins, len(order))))]
+    rows = rows[np.lexsort((side[rows], *(word[rows] for word in words)))]
+    same = np.logical_and.reduce([word[rows][1:] == word[rows][:-1] for word in words])
+    return int((same & (side[rows][1:] != side[rows][:-1])).sum())
 
 
 def _groups_on_two_sides(parts: list[np.ndarray]) -> int:

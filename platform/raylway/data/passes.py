@@ -27,11 +27,15 @@ from raylway.features.transform import Transform
 from raylway.storage import Place
 
 _FACTS = "facts"
+# Where threads are the first to decode a type, msgspec 0.22 ends the process: what one has half looked up, another
+# takes for whole. These are looked up here.
+msgspec.msgpack.Decoder(tuple[pieces.Whole, list[Facts], list[Found]])
 
 
 class ReadItem(msgspec.Struct, frozen=True):
     """What the first pass found in one item."""
 
+    name: str
     key: str
     size: int
     """Bytes of the source."""
@@ -54,6 +58,8 @@ class ReadItem(msgspec.Struct, frozen=True):
 class PieceTask(msgspec.Struct, frozen=True):
     """One piece whose rows have sides."""
 
+    name: str
+    """Of its item."""
     key: str
     facts: Facts
     found: Found
@@ -92,7 +98,7 @@ def read(keyed: Keyed, reading: Reading, rules: Rules | None, order: Ordering, f
     # what they reject is kept with the assessment
     found = _found(place, facts, rules, order, must_fit) if rules else []
     facts = [msgspec.structs.replace(fact, rejects=[]) for fact in facts]
-    return ReadItem(keyed.key, sum(part.size for part in keyed.item.parts), facts, found, reads)
+    return ReadItem(keyed.name, keyed.key, sum(part.size for part in keyed.item.parts), facts, found, reads)
 
 
 def count(task: PieceTask, folder: str, assessment: str, divided: Division) -> Counted:

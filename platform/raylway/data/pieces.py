@@ -44,6 +44,8 @@ USED = "pieces.json"
 VERSION = 5
 """Raise it when a piece of the same text is stored in another way."""
 _UNUSED_S = 24 * 3600.0
+_UNUSED_IN_BUCKET_S = 7 * _UNUSED_S
+"""Longer than a preparation lasts: nobody can lock a bucket."""
 Record = TypeVar("Record")
 
 
@@ -59,6 +61,10 @@ class Keyed(msgspec.Struct, frozen=True):
 
     item: Item
     key: str
+
+    @property
+    def name(self) -> str:
+        return self.item.name
 
 
 def keyed(item: Item, reading: Reading) -> Keyed:
@@ -204,13 +210,14 @@ def _named(root: Place) -> set[str]:
     named: set[str] = set()
     for each in storage.children(root):
         if each.name != FOLDER and (each / MANIFEST).exists():
-            named.update(msgspec.json.decode((each / USED).read_bytes(), type=list[str]))
+            with suppress(FileNotFoundError, msgspec.DecodeError):  # damaged: its pieces are read again when asked for
+                named.update(msgspec.json.decode((each / USED).read_bytes(), type=list[str]))
     return named
 
 
 def _sweep_bucket(folder: Address) -> None:
-    """Nobody can lock a bucket, so what may still be in use stays for a day, spent or not."""
-    old = [name for name, age in buckets.ages(folder).items() if age > _UNUSED_S]
+    """What may still be in use stays, spent or not."""
+    old = [name for name, age in buckets.ages(folder).items() if age > _UNUSED_IN_BUCKET_S]
     named = _named(folder.parent) if old else set()
     for name in old:
         if name not in named:

@@ -54,6 +54,8 @@ from raylway.features.prepared import (
     FORMAT,
     LINE_BITS,
     MANIFEST,
+    PROFILE,
+    QUARANTINE,
     SPLITS,
     Lineage,
     Manifest,
@@ -162,6 +164,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
             written,
             decided.account.kept,
             [functools.partial(_contents, task, decided.division, work.kept, found.assessment) for task in tasks],
+            passes.Tables(work.kept, found.assessment, [(task.key, task.facts.number) for task in tasks]),
         ),
     )
     _tell(work.reporter, manifest, found)
@@ -169,10 +172,12 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
     _write_duplicates(work.folder, decided.division.exceptions)
     empty = outcome.empty_columns(found.seen)
     columns = column_report.report(decided.described.columns, names, decided.roles, empty, sample)
-    storage.write_record(work.folder / "profile.json", {"columns": columns, "warnings": manifest.warnings})
+    storage.write_sealed(work.folder / PROFILE, {"columns": columns, "warnings": manifest.warnings})
     keys = [item.key for item in found.items]
     storage.write_record(work.folder / pieces.USED, keys if start.may_grow else [])
-    storage.write_record(work.folder / MANIFEST, manifest)
+    set_aside = {name: storage.checksum(work.folder / name) for name in (QUARANTINE, DUPLICATES)}
+    manifest = msgspec.structs.replace(manifest, set_aside=set_aside)
+    storage.write_sealed(work.folder / MANIFEST, manifest)
     return manifest, keys
 
 
@@ -190,14 +195,14 @@ def _decide(
     loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Place
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
-    each = [(item.key, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = passes.Tables(kept, found.assessment, [(key, facts.number) for key, facts, _ in each])
+    each = [(item, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
+    tables = passes.Tables(kept, found.assessment, [(item.key, facts.number) for item, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
         tasks[:] = [
-            PieceTask(key, facts, one, own, divided.exceptions.between(one.first, one.last))
-            for (key, facts, one), own in zip(each, codes, strict=True)
+            PieceTask(item.name, item.key, facts, one, own, divided.exceptions.between(one.first, one.last))
+            for (item, facts, one), own in zip(each, codes, strict=True)
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
         bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
@@ -247,7 +252,7 @@ def _missing(found: Found, decided: Outcome) -> dict[str, float]:
 
 
 def _contents(task: PieceTask, divided: Division, kept: Place, assessment: str) -> leaks.Contents:
-    """What the kept rows of a piece hold."""
+    """The kept rows of a piece."""
     by = divided.ordering.by
     table = passes.rows(kept, task.key, task.facts.number, assessment)
     sides = division.sides(table, np.array(task.codes, np.int32), divided, task.exceptions)
@@ -256,10 +261,9 @@ def _contents(task: PieceTask, divided: Division, kept: Place, assessment: str) 
     at[word["position"]] = np.arange(len(sides))
     rows = at[at >= 0]
     rows = rows[sides[rows] > 0]
-    hashes = np.stack([word["identity" if divided.ordering.has_units else "key"][rows], word["rest"][rows]], axis=1)
     group = word["key"][rows] if by == "group" else None
     instant = (~word["key"][rows]).astype(np.float64) if by == "time" else None
-    return leaks.Contents(word["row"][rows], hashes, group, instant)
+    return leaks.Contents(word["row"][rows], rows, group, instant)
 
 
 def _shown(stage: Stage, total: int, unit: str, results: Iterator[Done]) -> Iterator[Done]:
@@ -291,7 +295,7 @@ def _write_quarantine(folder: Place, kept: Place, tasks: list[PieceTask], assess
     for part in source.parts:
         if isinstance(part, Group):
             groups.setdefault(part.file, []).append(part)
-    with storage.written(folder / "quarantine" / "rows.jsonl") as path, path.open("wb") as file:
+    with storage.written(folder / QUARANTINE) as path, path.open("wb") as file:
         for task in tasks:
             for reject in passes.rejects(kept, task.key, task.facts.number, assessment):
                 name, line = source.places.split(reject.row_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +18,11 @@ from raylway.data import prepare as data_prepare
 from raylway.data.files import locate
 from raylway.data.location import TEXT_FORMATS, Location
 from raylway.data.opening import open_source
-from raylway.errors import UserError
-from raylway.features.prepared import DUPLICATES, LINE_BITS, MANIFEST, SPLITS, Manifest, Prepared
+from raylway.errors import RunFailed, UserError
+from raylway.evaluate.record import reading
+from raylway.features.prepared import DUPLICATES, LINE_BITS, QUARANTINE, SPLITS, Prepared, Shard, damaged
 from raylway.job.load import LoadedJob
 from raylway.storage import Place
-
-QUARANTINE = "quarantine/rows.jsonl"
 
 
 @dataclass
@@ -73,13 +71,10 @@ def trace(prepared: Prepared, loaded: LoadedJob, row: str, predictions: Place | 
     if data_prepare.fingerprint(loaded) != prepared.manifest.fingerprint:
         found.changed = "the source or the job has changed since it was prepared: what is shown may be another record"
     found.record = _record(loaded, location, line)
-    with _undamaged(prepared.folder):
-        found.types = {each["name"]: each["type"] for each in _profile(prepared.folder)}
-        _add_fate(found, prepared)
+    found.types = {each["name"]: each["type"] for each in prepared.profile()}
+    _add_fate(found, prepared)
     if found.side == "test" and predictions is not None and predictions.exists():
-        with storage.here(predictions) as path:
-            rows = pq.read_table(path, filters=[("row_id", "=", row_id)]).to_pylist()
-        found.prediction = {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
+        found.prediction = _prediction(predictions, row_id)
     return found
 
 
@@ -122,22 +117,17 @@ class Set(msgspec.Struct, frozen=True):
     """file, line, first_file, first_line."""
 
 
-def quarantined(folder: Place, limit: int) -> Set:
-    """What a prepared folder has set aside; at most `limit` rows of each kind are listed, all are counted.
+def quarantined(prepared: Prepared, limit: int) -> Set:
+    """What preparation has set aside; at most `limit` rows of each kind are listed, all are counted.
 
     Raises:
         UserError: The prepared data is damaged.
     """
-    with _undamaged(folder):
-        return _quarantined(folder, limit)
-
-
-def _quarantined(folder: Place, limit: int) -> Set:
     counts: tuple[Counter[str], Counter[str], Counter[str]] = Counter(), Counter(), Counter()
     rows: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
     total = 0
-    for record in _lines(folder / QUARANTINE):
+    for record in _lines(prepared):
         total += 1
         for count, key in zip(
             counts, (record["reason"], record["column"] or "(whole row)", record["file"]), strict=True
@@ -145,9 +135,9 @@ def _quarantined(folder: Place, limit: int) -> Set:
             count[key] += 1
         if len(rows) < limit:
             rows.append(record)
-    copies = _duplicates(folder)
+    copies = _duplicates(prepared)
     duplicates = copies.num_rows
-    files_by_index = storage.read_record(folder / MANIFEST, Manifest).files
+    files_by_index = prepared.manifest.files
     for own, first in zip(*(copies[name][:limit].to_pylist() for name in copies.column_names), strict=True):
         (file, line), (first_file, first_line) = _place(files_by_index, own), _place(files_by_index, first)
         listed.append({"file": file, "line": line, "first_file": first_file, "first_line": first_line})
@@ -176,20 +166,6 @@ def quarantine_text(found: Set, missing: int) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _undamaged(folder: Place) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid, msgspec.DecodeError) as error:
-        raise UserError(
-            "the prepared data is damaged",
-            where=str(folder),
-            expected="the files that preparation wrote",
-            found=str(error),
-            fix="remove the folder, and run the job again to make it anew",
-        ) from None
-
-
 def _words(row: dict[str, Any]) -> str:
     """Where a quarantined row is."""
     if "row_group" in row:
@@ -197,16 +173,9 @@ def _words(row: dict[str, Any]) -> str:
     return f"{row['file']}:{row['line']}"
 
 
-def _lines(place: Place) -> Iterator[dict[str, Any]]:
-    if place.exists():
-        with storage.here(place) as path, path.open("rb") as lines:
-            yield from map(msgspec.json.decode, lines)
-
-
-def _profile(folder: Place) -> list[dict[str, Any]]:
-    path = folder / "profile.json"
-    columns: list[dict[str, Any]] = msgspec.json.decode(path.read_bytes())["columns"] if path.exists() else []
-    return columns
+def _lines(prepared: Prepared) -> Iterator[dict[str, Any]]:
+    with prepared.set_aside(QUARANTINE) as path, path.open("rb") as lines:
+        yield from map(msgspec.json.decode, lines)
 
 
 def _row_id(row: str, files: list[str]) -> int:
@@ -273,11 +242,11 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
     transform = prepared.manifest.transform
     for split in SPLITS:
         for shard in prepared.shards(split):
-            path = storage.local(prepared.folder / shard.file, shard.bytes, shard.checksum)
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = _rows(prepared, shard)
             ids = table["row_id"].combine_chunks().to_numpy()
             at = int(np.searchsorted(ids, np.uint64(found.row_id)))
             if at < len(ids) and ids[at] == found.row_id:
+                _check(prepared, shard)
                 row = table.slice(at, 1).to_pylist()[0]
                 found.side = split
                 found.fate = f"kept, a {'training' if split == 'train' else split} row"
@@ -288,12 +257,16 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
                     names = [each.name for each in transform.categorical]
                     found.categorical = dict(zip(names, row["categorical"], strict=True))
                 return
-    for record in _lines(prepared.folder / QUARANTINE):
+    _add_why_not_kept(found, prepared)
+
+
+def _add_why_not_kept(found: Traced, prepared: Prepared) -> None:
+    for record in _lines(prepared):
         if (record["file"], record["line"]) == (found.file, found.line):
             column = f"column {record['column']!r}: " if record["column"] else ""
             found.fate, found.raw = f"quarantined: {column}{record['reason']}", record["cell"] or ""
             return
-    copies = _duplicates(prepared.folder)
+    copies = _duplicates(prepared)
     ids = copies["row_id"].to_numpy()
     at = int(np.searchsorted(ids, np.uint64(found.row_id)))
     if at < len(ids) and int(ids[at]) == found.row_id:
@@ -308,6 +281,9 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
             found="none in what is prepared",
             fix="name such a line; a record of several lines begins on its first",
         )
+    for split in SPLITS:
+        for shard in prepared.shards(split):
+            _check(prepared, shard)  # one of them may have held the row
     empty = [name for name, cell in found.record.items() if cell is None]
     if empty:
         found.fate = f"left out: a cell is missing ({', '.join(empty)})"
@@ -315,9 +291,31 @@ def _add_fate(found: Traced, prepared: Prepared) -> None:
         found.fate = "left out: a duplicate of an earlier row, or a cell that counts as missing"
 
 
-def _duplicates(folder: Place) -> pa.Table:
+def _rows(prepared: Prepared, shard: Shard) -> pa.Table:
+    """Memory-mapped."""
+    place = prepared.folder / shard.file
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(storage.local(place, shard.bytes, shard.checksum)))).read_all()
+    except (OSError, pa.ArrowException, RunFailed) as error:
+        raise damaged(place, str(error)) from None
+
+
+def _check(prepared: Prepared, shard: Shard) -> None:
+    place = prepared.folder / shard.file
+    if storage.checksum(storage.local(place, shard.bytes, shard.checksum)) != shard.checksum:
+        raise damaged(place, "other contents than those of its checksum")
+
+
+def _prediction(predictions: Place, row_id: int) -> dict[str, Any]:
+    """What the run answered for a row, without its id."""
+    with storage.here(predictions) as path, reading(predictions):
+        rows = pq.read_table(path, filters=[("row_id", "=", row_id)]).to_pylist()
+    return {name: value for name, value in (rows[0] if rows else {}).items() if name != "row_id"}
+
+
+def _duplicates(prepared: Prepared) -> pa.Table:
     """`row_id` and `first_row_id` (uint64) of rows that repeat another, in the order of the ids; memory-mapped."""
-    with storage.here(folder / DUPLICATES) as path:
+    with prepared.set_aside(DUPLICATES) as path:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 

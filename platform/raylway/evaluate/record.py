@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
 from msgspec import Struct, field
 
+from raylway.errors import UserError
 from raylway.features.signature import Task
+from raylway.storage import Place
 
 FORMAT = 1
 CLASSIFICATION = ("accuracy", "f1_weighted", "f1_macro", "roc_auc", "log_loss")
@@ -84,3 +90,22 @@ def sentence(evaluation: Evaluation) -> str:
         ]
         parts.append(f"{LABELS[name]} {evaluation.metrics[name]:.4g} ({', '.join(beside)})")
     return f"{evaluation.rows:,} test rows: " + "; ".join(parts)
+
+
+@contextmanager
+def reading(predictions: Place) -> Iterator[None]:
+    """Around a look at a run's answers.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            "the run's answers are damaged",
+            where=str(predictions),
+            expected="the file that evaluation wrote",
+            found=str(error),
+            fix="remove the run's folder, and run the job again",
+        ) from None

@@ -99,8 +99,8 @@ class Categories:
     """One categorical feature, with its names laid out once."""
 
     def __init__(self, feature: CategoricalFeature) -> None:
-        self._fill = feature.most_frequent
-        self._fold = _are_booleans(feature.known)
+        self._fill = feature.most_frequent if feature.constant is None else feature.constant
+        self._fold = _are_booleans([name for name in feature.known if name != feature.constant])
         self._known = self.spelt(pa.array(feature.known, pa.string()))
         self._last = feature.count
 

@@ -277,8 +277,8 @@ def _number(feature: Feature, known: Part, found: Found | None) -> NumericFeatur
 def _fill(feature: Feature, known: Part, median: float) -> float:
     """What stands in for a missing cell; nothing does in training where such rows are left out."""
     how = feature.how.impute
-    if isinstance(how, float):
-        return how
+    if isinstance(feature.constant, float):
+        return feature.constant
     if not feature.imputes or how == "mean":
         return known.moments[feature.key].mean
     if how == "median":
@@ -300,7 +300,10 @@ def _indicator(feature: Feature, known: Part) -> bool:
 
 
 def _category(feature: Feature, known: Part) -> CategoricalFeature:
-    counts = known.counts[feature.key]
+    counts = present = known.counts[feature.key]
+    constant = feature.constant
+    if isinstance(constant, str) and known.missing[feature.key]:
+        counts = present | {constant: present.get(constant, 0) + known.missing[feature.key]}
     least = 1 if feature.part else feature.how.rare
     result = CategoricalFeature(
         name=feature.name,
@@ -308,7 +311,8 @@ def _category(feature: Feature, known: Part) -> CategoricalFeature:
         part=feature.part,
         categories=sorted_names({name for name, count in counts.items() if count >= least}),
         rare=sorted_names({name for name, count in counts.items() if count < least}),
-        most_frequent=_most_frequent(counts),
+        most_frequent=_most_frequent(present),
+        constant=constant if isinstance(constant, str) else None,
         one_hot=feature.how.one_hot,
         indicator=_indicator(feature, known) and not feature.part,
     )

@@ -44,7 +44,7 @@ class NumericFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return max(1, len(self.edges) - 1)
 
 
-class CategoricalFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CategoricalFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     name: str
     column: str
     part: Part
@@ -57,6 +57,8 @@ class CategoricalFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     one_hot: bool
     """Whether each code is a number of its own (0 or 1; all 0 for the unknown) instead of a code for an embedding."""
     indicator: bool
+    constant: str | None = None
+    """Stands in for a missing cell instead, if the job names one; a category where training rows missed cells."""
 
     @property
     def count(self) -> int:

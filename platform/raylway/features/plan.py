@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from raylway.errors import UserError
+from raylway.features import dates
 from raylway.features.learnt import Part, Scale
+from raylway.features.schema import canonical_text
 from raylway.features.signature import Task
 from raylway.job import schema
 
@@ -20,17 +23,19 @@ _CATEGORIES: tuple[Part, ...] = ("month", "day", "weekday", "hour")
 """Parts of a date: what grows without end is a number, what comes again is a category."""
 _KEYS = {
     "numeric": {"scale", "impute", "indicator", "bins"},
-    "categorical": {"categories", "rare", "indicator"},
+    "categorical": {"categories", "rare", "impute", "indicator"},
     "date": {"scale", "impute", "indicator", "bins", "categories"},
 }
 """Keys of `data.transform.columns` that mean something for a feature of each role."""
+_STATISTICS = ("mean", "median", "most_frequent")
 
 
 class Treatment(msgspec.Struct, frozen=True):
     """How one column becomes numbers."""
 
     scale: Scale
-    impute: Literal["mean", "median", "most_frequent"] | float
+    impute: str | float
+    """One of `_STATISTICS`, of categories the last of them only; else the constant: a number, a category, or a date."""
     indicator: bool
     bins: int | None
     one_hot: bool
@@ -60,6 +65,15 @@ class Feature:
     def scale(self) -> Scale:
         """What scales it; bins do it in their own way."""
         return "none" if self.how.bins else self.how.scale
+
+    @property
+    def constant(self) -> float | str | None:
+        """What the job itself names to stand in for a missing cell: a number, or a canonical text of a category."""
+        how = self.how.impute
+        if how in _STATISTICS or not self.part:
+            return None if how in _STATISTICS else how
+        value = dates.parts(dates.parse(pa.array([how]))[0])[self.part]
+        return float(value[0]) if self.part in _NUMBERS else str(value[0])
 
     @property
     def needs_most_frequent(self) -> bool:
@@ -161,19 +175,41 @@ def _treatment(section: schema.Transform, name: str, role: str) -> Treatment:
         return getattr(section, key) if given.get(key) is None else given[key]
 
     bins = given["bins"] if "bins" in given else None if given.get("scale") else section.bins
-    impute = value("impute")
-    if role == "date" and isinstance(impute, float):
-        if "impute" in given:
-            raise UserError(
-                f"a number can't stand in for a missing date in the column {name!r}",
-                where=f"data.transform.columns.{name}.impute",
-                expected="mean, median or most_frequent",
-                found=f"{impute:g}",
-                fix="write one of these, or take the key out",
-            )
-        impute = "mean"
+    impute = _impute(section, own.impute, name, role)
     return Treatment(value("scale"), impute, value("indicator"), bins, value("categories") == "one_hot", value("rare"))
+
+
+def _impute(section: schema.Transform, own: float | str | None, name: str, role: str) -> float | str:
+    """`Treatment.impute` of a feature.
+
+    Raises:
+        UserError: What its column asks for can't stand in.
+    """
+    if own is None:
+        if role == "categorical":
+            return "most_frequent"
+        return "mean" if role == "date" and isinstance(section.impute, float) else section.impute
+    if role == "categorical" and own not in ("mean", "median"):
+        return own if isinstance(own, str) else str(canonical_text(pa.array([own]))[0])
+    if role != "categorical" and own in _STATISTICS:
+        return own
+    if role == "numeric" and isinstance(own, float):
+        return own
+    if role == "date" and isinstance(own, str) and dates.parse(pa.array([own]))[1][0]:
+        return own
+    raise UserError(
+        f"this can't stand in for a missing cell of the column {name!r}, which is {_WORDS[role]}",
+        where=f"data.transform.columns.{name}.impute",
+        expected=_STAND_INS[role],
+        found=str(own) if isinstance(own, str) else f"{own:g}",
+        fix="write one of these, or take the key out",
+    )
 
 
 _WORDS = {"numeric": "numeric", "categorical": "a category", "date": "a date"}
 _OTHER = {"numeric": "categorical", "categorical": "numeric", "date": "categorical or numeric"}
+_STAND_INS = {
+    "numeric": "mean, median, most_frequent or a number",
+    "categorical": "most_frequent, or a category that is none of these words",
+    "date": "mean, median, most_frequent or a date such as 2013-01-31",
+}

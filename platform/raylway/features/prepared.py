@@ -14,15 +14,17 @@ Parquet and python sources the row's number from 1).
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
 from raylway import storage
-from raylway.errors import RunFailed
+from raylway.errors import RunFailed, UserError
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
@@ -30,7 +32,9 @@ from raylway.storage import Place
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine/rows.jsonl"
 DUPLICATES = "quarantine/duplicates.arrow"
+PROFILE = "profile.json"
 LINE_BITS = 40
 MOST_OPEN = 4_096
 """Shards of a split: each is a mapping of memory, of which a process may have some ten thousands."""
@@ -66,7 +70,7 @@ class LeakTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int
     """Kept rows; the row id of each was looked for in every shard."""
     compared: int
-    """Rows whose content was compared: all, or of very large data a fixed part."""
+    """Rows whose content was compared: all, or as an earlier version had it a fixed part."""
     unplaced: int
     """Kept rows that no shard holds."""
     row_ids_on_two_sides: int
@@ -134,6 +138,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a sample of the training rows."""
     leak_test: LeakTest | None = None
     lineage: Lineage = Lineage()
+    set_aside: dict[str, str] = {}
+    """XXH3-128 of `QUARANTINE` and `DUPLICATES`; empty of an earlier version."""
+
+
+class ColumnReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`PROFILE`."""
+
+    columns: list[dict[str, Any]]
+    """Each column as it was found, what it is used as and why (`data.report`)."""
+    warnings: list[str] = []
 
 
 class _Columns(NamedTuple):
@@ -262,6 +276,32 @@ class Prepared:
         self.folder = folder
         self.manifest = storage.read_record(folder / MANIFEST, Manifest)
 
+    @contextmanager
+    def set_aside(self, name: str) -> Iterator[Path]:
+        """A path of this machine with the content of `QUARANTINE` or `DUPLICATES`, as long as the body runs.
+
+        Raises:
+            UserError: It is missing, or not what was written.
+        """
+        place = self.folder / name
+        if not place.exists():
+            raise damaged(place, "no such file")
+        with storage.here(place) as path:
+            if self.manifest.set_aside.get(name) not in (None, storage.checksum(path)):
+                raise damaged(place, "other contents than those of its checksum")
+            yield path
+
+    def profile(self) -> list[dict[str, Any]]:
+        """The columns of the column report.
+
+        Raises:
+            UserError: It is missing, or not what was written.
+        """
+        try:
+            return storage.read_record(self.folder / PROFILE, ColumnReport).columns
+        except FileNotFoundError:
+            raise damaged(self.folder / PROFILE, "no such file") from None
+
     def shards(self, split: SplitName) -> list[Shard]:
         return [shard for shard in self.manifest.shards if shard.split == split]
 
@@ -270,6 +310,17 @@ class Prepared:
         target = pa.int32() if transform.target.task == "classification" else pa.float64()
         schema = shard_schema(transform.num_numeric, len(transform.category_counts), target)
         return Rows(self.folder, self.shards(split), schema, verify)
+
+
+def damaged(path: Place, found: str) -> UserError:
+    """A file of prepared data is not what was written."""
+    return UserError(
+        "the prepared data is damaged",
+        where=str(path),
+        expected="the file that preparation wrote",
+        found=found,
+        fix="remove the folder that holds it, and run the job again to make it anew",
+    )
 
 
 def shard_schema(num_numeric: int, num_categorical: int, target: pa.DataType) -> pa.Schema:

@@ -214,7 +214,8 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> None
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    node[parts[-1]] = _plain(_parsed(value, f"--set {text}"))
+    # a shell takes the quotes of `decimal=","` away, and a comma alone is no YAML
+    node[parts[-1]] = "," if value == "," else _plain(_parsed(value, f"--set {text}"))
     places[".".join(parts)] = f"--set {key.strip()}"
 
 

@@ -68,7 +68,8 @@ class ColumnTransform(Section):
     """How one column becomes numbers."""
 
     scale: Literal["standard", "robust", "quantile", "log", "none"] | None = None
-    impute: Literal["mean", "median", "most_frequent"] | float | None = None
+    impute: Literal["mean", "median", "most_frequent"] | float | Text | None = None
+    """Also of a date and of a category: a date, or any text but those words, stands in itself."""
     indicator: bool | None = None
     bins: Annotated[int, Field(ge=2, le=1024)] | None = None
     categories: Literal["embedding", "one_hot"] | None = None
@@ -89,7 +90,7 @@ class Transform(Section):
     below, from 0 to 1. `log`: sign(x) log(1 + |x|), then standard."""
     impute: Literal["mean", "median", "most_frequent"] | float = "mean"
     """What stands in for a missing number with `clean.missing: impute`; a number is that number. A missing category
-    always becomes the most frequent one."""
+    becomes the most frequent one, unless `columns` says otherwise."""
     indicator: bool = False
     """With `clean.missing: impute`, one more input for each feature that misses cells in training: 1 where it did."""
     bins: Annotated[int, Field(ge=2, le=1024)] | None = None
@@ -235,7 +236,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     storage: Text = "runs"
-    """The folder for prepared data and runs."""
+    """The folder for prepared data and runs, or `s3://bucket/path` or `gs://bucket/path`."""
     task: Literal["classification", "regression"] | Auto = "auto"
     data: Data
     model: Model = Model()

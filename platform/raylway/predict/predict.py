@@ -11,9 +11,10 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from raylway.bundle.predictor import Predictor
 from raylway.data import engine, inputs
 from raylway.data.csv_read import Reject
 from raylway.data.items import Item
-from raylway.errors import RunFailed, UserError
+from raylway.errors import UserError
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
+from raylway.predict.alone import alone
 from raylway.predict.output import Output, Parts, PartWriter, commit, refuse_taken, schema, unwritable
 from raylway.runs.progress import Reporter
 from raylway.storage import Place
@@ -90,22 +92,24 @@ def predict(loaded: LoadedJob, bundle: Place, source: str, output: Output, repor
 
     Raises:
         UserError: The source can't be read or lacks an input; the output can't be written.
-        RunFailed: A worker failed.
+        RunFailed: Workers died of one part of the source again and again.
     """
     predictor = Predictor(bundle)
     signature = predictor.signature
     refuse_taken(output)
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
-    with _scratch(output, bundle) as scratch:
+    with _scratch(output, bundle, is_small) as scratch, alone(output) as check:
         asked = Asked(str(bundle), opened.files, opened.how, output, str(scratch))
         with nullcontext() if is_small else _connected(loaded, reporter):
             todo = opened.items(is_cut=not is_small)
-            results = map(Answerer(asked, predictor).answer, todo) if is_small else _on_ray(asked, todo)
+            here = map(Answerer(asked, predictor).answer, todo)
+            results = here if is_small else engine.run_on_actors(partial(_answering, asked), todo, Done)
             done = _followed(results, len(todo), None if is_small else reporter)
         parts = [(_part(scratch, each.index), each.answered) for each in done]
         rejects = [_rejects(scratch, each.index) for each in done]
         first = list(_first(rejects))
+        check()
         commit(output, schema(signature), Parts(scratch, parts, rejects), sys.stdout.buffer)
     return Prediction(sum(each.answered for each in done), sum(each.rejected for each in done), first)
 
@@ -181,39 +185,9 @@ class Answerer:
         return Rejected(reject.row_id, file, line, reject.column, reject.reason, reject.cell)
 
 
-class _Actor:
-    """An answerer as Ray Data calls it."""
-
-    def __init__(self, asked: bytes) -> None:
-        self._answerer = Answerer(msgspec.msgpack.decode(asked, type=Asked))
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        done = self._answerer.answer(msgspec.msgpack.decode(batch["item"][0].as_py(), type=Item))
-        return pa.table({"done": pa.array([msgspec.msgpack.encode(done)], pa.large_binary())})
-
-
-def _on_ray(asked: Asked, todo: list[Item]) -> Iterator[Done]:
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    engine.configure()
-    rows = [{"item": msgspec.msgpack.encode(item)} for item in todo]
-    pool = ActorPoolStrategy(min_size=1, max_size=len(todo))
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Actor,
-        fn_constructor_args=(msgspec.msgpack.encode(asked),),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=pool,
-        num_cpus=1,
-    )
-    try:
-        for row in dataset.iter_rows():
-            yield msgspec.msgpack.decode(row["done"], type=Done)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError | RunFailed):
-            raise error.cause from None
-        raise
+def _answering(asked: Asked) -> Callable[[Item], Done]:
+    """In an actor: what answers items, with the bundle loaded."""
+    return Answerer(asked).answer
 
 
 def _followed(results: Iterator[Done], total: int, reporter: Reporter | None) -> list[Done]:
@@ -236,12 +210,21 @@ def _connected(loaded: LoadedJob, reporter: Reporter) -> AbstractContextManager[
 
 
 @contextmanager
-def _scratch(output: Output, bundle: Place) -> Iterator[Path]:
+def _scratch(output: Output, bundle: Place, is_small: bool) -> Iterator[Path]:
     """Where parts are written: beside a local output, so that a rename brings them there; on a cluster every node must
-    see it."""
+    see it, unless this process does it alone."""
     is_local = output.place and not output.is_remote
-    beside = bundle.parent if os.environ.get("RAY_ADDRESS") and isinstance(bundle, Path) else None
-    elsewhere = beside or Path(tempfile.gettempdir())
+    elsewhere = Path(tempfile.gettempdir())
+    if os.environ.get("RAY_ADDRESS") and not is_small and not is_local:
+        if not isinstance(bundle, Path):
+            raise UserError(
+                "the parts of the answers have no place that all machines see",
+                where=f"--output {output.place}",
+                expected="with a run in a bucket, on a cluster: a folder that every machine mounts",
+                found="a bucket" if output.place else "standard output",
+                fix="write the answers to such a folder, or unset RAY_ADDRESS to predict on this machine alone",
+            )
+        elsewhere = bundle.parent
     with ExitStack() as stack:
         try:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")

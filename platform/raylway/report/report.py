@@ -14,9 +14,9 @@ import jinja2
 import msgspec
 
 from raylway import storage
-from raylway.evaluate.record import LABELS, Evaluation
+from raylway.evaluate.record import LABELS, Evaluation, reading
 from raylway.features import dates
-from raylway.features.prepared import SPLITS, Manifest, Prepared
+from raylway.features.prepared import QUARANTINE, SPLITS, Manifest, Prepared
 from raylway.report import figures, sparks, speed, words
 from raylway.report.charts import Figure
 from raylway.runs import pace, starts
@@ -39,6 +39,9 @@ def write(run: Run, prepared: Prepared) -> Place:
     Args:
         run: The run; it may be unfinished, and the page then says what is missing.
         prepared: The data that it was trained on.
+
+    Raises:
+        UserError: A file of the run or of its data is damaged.
     """
     record, manifest = run.record, prepared.manifest
     evaluation = storage.read_record(run.evaluation, Evaluation) if run.evaluation.exists() else None
@@ -59,7 +62,7 @@ def write(run: Run, prepared: Prepared) -> Place:
             leak_test=manifest.leak_test,
             leak_words=words.leaks(manifest.leak_test) if manifest.leak_test else "",
             columns=_columns(prepared),
-            quarantined=list(islice(_quarantined(prepared.folder / "quarantine" / "rows.jsonl"), _MOST_QUARANTINED)),
+            quarantined=list(_quarantined(prepared)),
             training={**training, **training.get("plan", {})},
             learning=figures.learning(history, training.get("best_step")),
             speed=speed.charts(history),
@@ -165,9 +168,6 @@ def _balance(manifest: Manifest) -> dict[str, Any]:
 
 def _columns(prepared: Prepared) -> list[dict[str, Any]]:
     """Each column as it was found, and what the training rows taught the transform about it."""
-    path = prepared.folder / "profile.json"
-    if not path.exists():
-        return []
     transform = prepared.manifest.transform
     learnt = {
         each.name: f"{each.minimum:.6g} to {each.maximum:.6g}, mean {each.mean:.4g} ± {each.spread:.4g}"
@@ -183,14 +183,16 @@ def _columns(prepared: Prepared) -> list[dict[str, Any]]:
         for each in transform.numeric
         if each.part == "seconds"
     }
-    columns = msgspec.json.decode(path.read_bytes())["columns"]
-    return [{**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)} for column in columns]
+    return [
+        {**column, "learnt": learnt.get(column["name"], ""), "sketch": sparks.spark(column)}
+        for column in prepared.profile()
+    ]
 
 
-def _quarantined(place: Place) -> Iterator[dict[str, Any]]:
-    if place.exists():
-        with storage.here(place) as path, path.open("rb") as lines:
-            yield from map(msgspec.json.decode, lines)
+def _quarantined(prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """The first ones."""
+    with prepared.set_aside(QUARANTINE) as path, path.open("rb") as lines:
+        yield from map(msgspec.json.decode, islice(lines, _MOST_QUARANTINED))
 
 
 def _has_answers(run: Run, evaluation: Evaluation) -> bool:
@@ -201,14 +203,14 @@ def _answers(run: Run, evaluation: Evaluation | None) -> list[Figure]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
     draw = figures.regression if evaluation.task == "regression" else figures.classification
-    with storage.here(run.predictions) as path:
+    with storage.here(run.predictions) as path, reading(run.predictions):
         return draw(path, evaluation)
 
 
 def _worst(run: Run, evaluation: Evaluation | None) -> list[dict[str, str]]:
     if not evaluation or not _has_answers(run, evaluation):
         return []
-    with storage.here(run.predictions) as path:
+    with storage.here(run.predictions) as path, reading(run.predictions):
         return figures.worst(path, evaluation, _MOST_WRONG)
 
 

@@ -1,4 +1,4 @@
-"""One command at a time works on a run: a file lock in a folder, a lease in a bucket."""
+"""One command at a time works on a run, or writes to a place: a file lock in a folder, a lease in a bucket."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _EXPIRES_AFTER = 3
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Who holds a run in a bucket, `lease.json`."""
+    """Who holds a run or a place in a bucket, `lease.json`."""
 
     holder: str
     host: str
@@ -41,8 +41,12 @@ def hold(folder: Place) -> Iterator[None]:
     Raises:
         UserError: Another command holds it.
     """
-    with _leased(folder / "lease.json") if isinstance(folder, Address) else _locked(folder):
-        yield
+    if isinstance(folder, Address):
+        with leased(folder / "lease.json", lambda holder: _held(folder, holder)):
+            yield
+    else:
+        with _locked(folder):
+            yield
 
 
 @contextmanager
@@ -56,19 +60,36 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(place: Address) -> Iterator[None]:
+def leased(place: Address, held: Callable[[str], UserError]) -> Iterator[Callable[[], None]]:
+    """Hold a lease while the body runs.
+
+    Args:
+        place: Of the lease.
+        held: The error for the words that say who has it.
+
+    Yields:
+        What raises if another has it: of two that begin at the same time both may believe for a moment that it is
+        theirs.
+
+    Raises:
+        UserError: Another has it.
+    """
     found = _read(place)
     if found is not None and not _is_dead(place, found):
-        raise _held(place.parent, f"process {found.process} on {found.host}")
+        raise held(f"process {found.process} on {found.host}")
     mine = Lease(secrets.token_hex(8), platform.node(), os.getpid(), 0)
+
+    def check() -> None:
+        if (now := _read(place)) is None or now.holder != mine.holder:
+            raise held("another command began at the same time")
+
     storage.write_record(place, mine)
-    if (now := _read(place)) is None or now.holder != mine.holder:
-        raise _held(place.parent, "another command began at the same time")
+    check()
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(place, mine, ended), name="lease", daemon=True)
     renewing.start()
     try:
-        yield
+        yield check
     finally:
         ended.set()
         renewing.join()
@@ -100,7 +121,7 @@ def _is_dead(place: Address, found: Lease) -> bool:
 
 
 def _renew(place: Address, mine: Lease, ended: threading.Event) -> None:
-    """Again and again until the end. Where another has taken the run over it is the other's."""
+    """Again and again until the end. Where another has taken it over it is the other's."""
     count = 0
     while not ended.wait(RENEW_EVERY_S):
         with suppress(RunFailed, UserError):

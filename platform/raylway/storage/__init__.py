@@ -26,6 +26,7 @@ from raylway.storage.places import (
     size,
     write_bytes,
     write_record,
+    write_sealed,
     written,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "sync_folder",
     "write_bytes",
     "write_record",
+    "write_sealed",
     "writing",
     "written",
 ]

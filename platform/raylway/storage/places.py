@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,10 @@ from raylway.storage.credentials import refuse_credentials
 
 Place = Path | Address
 Record = TypeVar("Record")
+_END = b"\n}\n"
+"""Of a JSON object as it is written."""
+_SEAL = re.compile(rb',\n "checksum": "[0-9a-f]{32}"\n}\n')
+_SEAL_BYTES = 52
 _READ_BYTES = 32 << 20
 
 
@@ -148,15 +153,31 @@ def write_record(where: Place, record: object) -> None:
     write_bytes(where, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
+def write_sealed(where: Place, record: object) -> None:
+    """As `write_record`, of a JSON object; its last key is a checksum of all else, by which `read_record` finds any
+    damage."""
+    content = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+    write_bytes(where, content.removesuffix(_END) + _seal(content))
+
+
+def _seal(content: bytes) -> bytes:
+    return b',\n "checksum": "%s"' % xxhash.xxh3_128_hexdigest(content).encode() + _END
+
+
 def read_record(where: Place, kind: type[Record]) -> Record:
-    """Read what `write_record` wrote.
+    """Read what `write_record` or `write_sealed` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
         UserError: The file is not a record of this kind.
     """
+    content = where.read_bytes()
+    if _SEAL.fullmatch(seal := content[-_SEAL_BYTES:]):
+        content = content[:-_SEAL_BYTES] + _END
     try:
-        return msgspec.json.decode(where.read_bytes(), type=kind)
+        if _SEAL.fullmatch(seal) and seal != _seal(content):
+            raise msgspec.DecodeError("other contents than those of its checksum")
+        return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(
             "the file is damaged or of another version",
@@ -205,22 +226,17 @@ def local(where: Place, bytes_: int | None, checksum: str) -> Path:
 
 
 @contextmanager
-def written(where: Place, is_read_soon: bool = False) -> Iterator[Path]:
+def written(where: Place) -> Iterator[Path]:
     """Yield a path of this machine to write a file at, and move the file to its place at the end, whole or not at all.
-
-    Args:
-        where: Its folder is made.
-        is_read_soon: On this machine.
-    """
+    Its folder is made."""
     with scratch(where.parent, where.name) as folder:
-        file = folder / where.name
-        yield file
-        move(file, where, folders.checksum(file) if is_read_soon and isinstance(where, Address) else "")
+        yield folder / where.name
+        move(folder / where.name, where)
 
 
 def scratch(folder: Place, name: str) -> AbstractContextManager[Path]:
     """A fresh folder of this machine for what will be moved to the place, removed at the end (`scratch_folder`)."""
-    return folders.scratch_folder(cache.staging() if isinstance(folder, Address) else folder, name)
+    return cache.scratch(name) if isinstance(folder, Address) else folders.scratch_folder(folder, name)
 
 
 @contextmanager

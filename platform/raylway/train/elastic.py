@@ -4,7 +4,7 @@ Ray Train counts the workers that there is room for. It starts as many, after a 
 when a machine is lost. While a group is healthy it looks again now and then, and would end it at once to start another;
 ours asks the group to leave by itself (`resizing`), so that no step is lost.
 
-Ray's classes are internal; tests hold what is used of them.
+Ray's classes are internal; tests hold what is used of them. Without torch, for the controller imports this.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from ray._private.state import state
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -76,6 +77,12 @@ class AskingPolicy(ElasticScalingPolicy):
         super().__init__(config)
         self._run_folder = run_folder
 
+    def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
+        """Without the nodes that are about to be taken away: Ray places nothing there any more."""
+        leaving = _leaving_nodes()
+        there = {node: free for node, free in reserved_resources.items() if node not in leaving}
+        return super()._count_possible_workers(there)
+
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
@@ -95,3 +102,11 @@ class AskingPolicy(ElasticScalingPolicy):
         """Called by Ray before each start of a group, whatever its reason."""
         with suppress(*_REFUSALS):
             ResizeWord(self._run_folder).take_back()
+
+
+def _leaving_nodes() -> set[str]:
+    """Ids of the nodes that someone drains, as on a spot notice."""
+    try:
+        return set(state.get_draining_nodes())
+    except Exception:  # noqa: BLE001 - Ray's head does not answer for a moment; raised, it would end the run
+        return set()
