@@ -175,16 +175,16 @@ def test_the_newest_and_the_needed_stay_and_all_else_goes(
     where: str, request: pytest.FixtureRequest, groups: Groups
 ) -> None:
     run = request.getfixturevalue(where)
-    checkpoints = begun(run, groups)
     left = run.folder / "left"  # by one that was killed
     left.write_bytes(b"x")
     storage.move(left, run.checkpoints / "step-00000009-a001" / "rank-00000.safetensors")
+    checkpoints = begun(run, groups)
     for step in range(1, 6):
-        best = {"best_checkpoint": "step-00000001-a001", "best": Best(0.5, 1)}
+        best = {"best_checkpoint": "step-00000001-a002", "best": Best(0.5, 1)}
         assert saved(checkpoints, step, **best).error == ""
-    assert names(run) == [f"step-{step:08d}-a001" for step in (1, 4, 5)]
+    assert names(run) == [f"step-{step:08d}-a002" for step in (1, 4, 5)]
     assert checkpoint.newest(run, {}).state.progress.best == Best(0.5, 1)
-    assert checkpoint.load_model(run.checkpoints / "step-00000001-a001")["weight"].tolist() == [[1.0, 1.0]] * 3
+    assert checkpoint.load_model(run.checkpoints / "step-00000001-a002")["weight"].tolist() == [[1.0, 1.0]] * 3
 
 
 def test_a_bucket_that_goes_away_fails_two_saves_and_comes_back(
