@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     import_paths: list[str] = field(default_factory=list)
     seed: int = 42
+    hang_limit_s: float = 240
 
     @property
     def run(self) -> Run:
@@ -76,7 +78,9 @@ class Case:
         )
 
     def assignment(self, workers: int | None, launch: str = "launch") -> dict[str, Any]:
-        return worker.assignment(self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch)
+        return worker.assignment(
+            self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch, self.hang_limit_s
+        )
 
     def steps(self) -> list[dict[str, Any]]:
         """The step lines of metrics.jsonl."""
@@ -124,7 +128,7 @@ class Ranks:
         workers: How many ranks.
         folder: For the rendezvous.
         exact: Our own model computes in float64.
-        variables: Of the environment, to a bucket; the ranks give it up after two seconds.
+        setup: Called first on every rank.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Ranks:
         workers: int,
         folder: Path,
         exact: bool = False,
-        variables: dict[str, str] | None = None,
+        setup: Callable[[], None] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
@@ -141,7 +145,7 @@ class Ranks:
         for rank in range(workers):
             mine, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_rank, args=(assignments, rank, workers, store, theirs, exact, variables or {}), daemon=True
+                target=_rank, args=(assignments, rank, workers, store, theirs, exact, setup), daemon=True
             )
             process.start()
             theirs.close()
@@ -178,6 +182,12 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     return reports[0]
 
 
+def reach(variables: dict[str, str]) -> None:
+    """A setup: a bucket by the variables of the environment; this rank gives it up after two seconds."""
+    os.environ.update(variables)
+    buckets.GIVE_UP_AFTER_S = 2.0
+
+
 def _rank(
     assignments: list[dict[str, Any]],
     rank: int,
@@ -185,14 +195,13 @@ def _rank(
     store: str,
     pipe: Any,
     exact: bool,
-    variables: dict[str, str],
+    setup: Callable[[], None] | None,
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    if variables:
-        os.environ.update(variables)
-        buckets.GIVE_UP_AFTER_S = 2.0
+    if setup:
+        setup()
     if exact:
         torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_a_bucket_that_goes_away_stops_the_run_which_goes_on_when_it_is_back(
     once = str(tmp_path / "cut")
     cut = filled(storage.place(s3_server.address(f"{tmp_path.name}/cut")), prepared, act="wait", at=8, once=once)
 
-    started = ranks.Ranks([cut.assignment(1)], 1, tmp_path, variables=variables)
+    started = ranks.Ranks([cut.assignment(1)], 1, tmp_path, setup=partial(ranks.reach, variables))
     while not Path(once + ".waits").exists():
         assert started.processes[0].is_alive()
         time.sleep(0.01)
@@ -271,7 +272,7 @@ def test_a_bucket_that_goes_away_stops_the_run_which_goes_on_when_it_is_back(
 
     way.mend()
     assert checkpoint.newest(cut.run, {}).manifest.step == 6
-    ((report,),) = ranks.Ranks([cut.assignment(1)], 1, tmp_path, variables=variables).results()
+    ((report,),) = ranks.Ranks([cut.assignment(1)], 1, tmp_path, setup=partial(ranks.reach, variables)).results()
     assert report["step"] == 18, report
     assert same_bits(whole.weights(expected.last_checkpoint), cut.weights(report["last_checkpoint"]))
     assert [(step["step"], step["loss"]) for step in cut.steps()] == [

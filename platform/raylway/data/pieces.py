@@ -44,6 +44,8 @@ USED = "pieces.json"
 VERSION = 5
 """Raise it when a piece of the same text is stored in another way."""
 _UNUSED_S = 24 * 3600.0
+_UNUSED_IN_BUCKET_S = 7 * _UNUSED_S
+"""Longer than a preparation lasts: nobody can lock a bucket."""
 Record = TypeVar("Record")
 
 
@@ -214,8 +216,8 @@ def _named(root: Place) -> set[str]:
 
 
 def _sweep_bucket(folder: Address) -> None:
-    """Nobody can lock a bucket, so what may still be in use stays for a day, spent or not."""
-    old = [name for name, age in buckets.ages(folder).items() if age > _UNUSED_S]
+    """What may still be in use stays, spent or not."""
+    old = [name for name, age in buckets.ages(folder).items() if age > _UNUSED_IN_BUCKET_S]
     named = _named(folder.parent) if old else set()
     for name in old:
         if name not in named:

@@ -236,7 +236,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     storage: Text = "runs"
-    """The folder for prepared data and runs."""
+    """The folder for prepared data and runs, or `s3://bucket/path` or `gs://bucket/path`."""
     task: Literal["classification", "regression"] | Auto = "auto"
     data: Data
     model: Model = Model()

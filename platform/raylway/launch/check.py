@@ -40,7 +40,8 @@ class Findings:
 
     def as_text(self, whole_report: bool = False) -> str:
         """For people; of the columns in a few words, or the whole report."""
-        return "\n".join([*self._data(whole_report), "", *self._model(), "", *self._training(), "", *self._serving()])
+        parts = [self._data(whole_report), self._model(), self._training(), self._serving(), self._storing()]
+        return "\n\n".join(text for part in parts if (text := "\n".join(part)))
 
     def _data(self, whole_report: bool) -> Iterator[str]:
         data = self.sample
@@ -95,6 +96,14 @@ class Findings:
     def _serving(self) -> Iterator[str]:
         serve = self.loaded.job.serve
         yield f"serving     {serve.replicas.min} to {serve.replicas.max} replicas, up to {serve.max_batch} rows a batch"
+
+    def _storing(self) -> Iterator[str]:
+        """Of a bucket, what is copied of it."""
+        if "://" in self.loaded.job.storage:
+            data = self.sample
+            rows, row_bytes = data.train + data.validation + data.test, 4 * (data.numbers + data.codes) + 16
+            about = "" if data.exact else "about "
+            yield f"cache       {about}{1e-9 * rows * row_bytes:.2g} GB of shards, on each machine those of its workers"
 
 
 def _columns(data: Sample, whole: bool) -> Iterator[str]:

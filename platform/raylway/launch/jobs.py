@@ -68,7 +68,7 @@ def submit(job_file: Path, address: str | None, overrides: list[str]) -> int:
     if "://" not in loaded.job.storage and not Path(loaded.job.storage).is_absolute():
         _say(
             f"note: storage is {loaded.job.storage!r}, a folder inside the job's temporary copy of this one; to keep "
-            "the run, name a folder that all machines share: --set storage=/shared/runs"
+            "the run, name a folder that all machines share, or a bucket: --set storage=/shared/runs"
         )
     url = _url(address)
     auth.prepare_to_join(url)

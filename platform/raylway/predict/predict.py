@@ -27,6 +27,7 @@ from raylway.bundle.predictor import Predictor
 from raylway.data import engine, inputs
 from raylway.data.csv_read import Reject
 from raylway.data.items import Item
+from raylway.errors import UserError
 from raylway.features.prepared import LINE_BITS
 from raylway.job.load import LoadedJob
 from raylway.predict.alone import alone
@@ -98,7 +99,7 @@ def predict(loaded: LoadedJob, bundle: Place, source: str, output: Output, repor
     refuse_taken(output)
     opened = inputs.opened(source, signature, loaded.job)
     is_small = opened.size <= SMALL_BYTES
-    with _scratch(output, bundle) as scratch, alone(output) as check:
+    with _scratch(output, bundle, is_small) as scratch, alone(output) as check:
         asked = Asked(str(bundle), opened.files, opened.how, output, str(scratch))
         with nullcontext() if is_small else _connected(loaded, reporter):
             todo = opened.items(is_cut=not is_small)
@@ -209,12 +210,21 @@ def _connected(loaded: LoadedJob, reporter: Reporter) -> AbstractContextManager[
 
 
 @contextmanager
-def _scratch(output: Output, bundle: Place) -> Iterator[Path]:
+def _scratch(output: Output, bundle: Place, is_small: bool) -> Iterator[Path]:
     """Where parts are written: beside a local output, so that a rename brings them there; on a cluster every node must
-    see it."""
+    see it, unless this process does it alone."""
     is_local = output.place and not output.is_remote
-    beside = bundle.parent if os.environ.get("RAY_ADDRESS") and isinstance(bundle, Path) else None
-    elsewhere = beside or Path(tempfile.gettempdir())
+    elsewhere = Path(tempfile.gettempdir())
+    if os.environ.get("RAY_ADDRESS") and not is_small and not is_local:
+        if not isinstance(bundle, Path):
+            raise UserError(
+                "the parts of the answers have no place that all machines see",
+                where=f"--output {output.place}",
+                expected="with a run in a bucket, on a cluster: a folder that every machine mounts",
+                found="a bucket" if output.place else "standard output",
+                fix="write the answers to such a folder, or unset RAY_ADDRESS to predict on this machine alone",
+            )
+        elsewhere = bundle.parent
     with ExitStack() as stack:
         try:
             parent, name = (output.path.parent, output.path.name) if is_local else (elsewhere, "predict")

@@ -11,6 +11,7 @@ removed under it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -91,9 +92,20 @@ def touch(path: Path) -> None:
         os.utime(path)
 
 
-def staging() -> Path:
-    """A folder on the disk of the cache for what is on its way."""
-    return _made("staging")
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A fresh folder on the disk of the cache for what is on its way; removed at the end.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    try:
+        with folders.scratch_folder(_made("staging"), name) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _unusable(error) from None
 
 
 def _is_whole(path: Path, size: int | None, checksum: str) -> bool:
@@ -115,15 +127,10 @@ def _room(size: int, name: str) -> Iterator[Path]:
         for _, bytes_, path in entries:
             if free >= size:
                 break
-            folders.discard(path, staging())
+            folders.discard(path, _made("staging"))
             free += bytes_
-    try:
-        with folders.scratch_folder(staging(), name) as folder:
-            yield folder
-    except OSError as error:
-        if error.errno not in folders.REFUSALS:
-            raise
-        raise _unusable(error) from None
+    with scratch(name) as folder:
+        yield folder
 
 
 def _used(path: Path) -> tuple[float, int, Path]:

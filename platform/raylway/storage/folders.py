@@ -19,7 +19,7 @@ from raylway.errors import UserError
 _CHUNK_BYTES = 1 << 22
 _STAGING_PREFIX = ".staging-"
 _JUST_MADE_S = 60.0
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the operating system says where nothing more can be written."""
 
 
@@ -48,7 +48,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in _REFUSALS:
             raise
         raise _unwritable(str(folder), os.strerror(error.errno)) from None
 

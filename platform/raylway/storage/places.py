@@ -226,22 +226,17 @@ def local(where: Place, bytes_: int | None, checksum: str) -> Path:
 
 
 @contextmanager
-def written(where: Place, is_read_soon: bool = False) -> Iterator[Path]:
+def written(where: Place) -> Iterator[Path]:
     """Yield a path of this machine to write a file at, and move the file to its place at the end, whole or not at all.
-
-    Args:
-        where: Its folder is made.
-        is_read_soon: On this machine.
-    """
+    Its folder is made."""
     with scratch(where.parent, where.name) as folder:
-        file = folder / where.name
-        yield file
-        move(file, where, folders.checksum(file) if is_read_soon and isinstance(where, Address) else "")
+        yield folder / where.name
+        move(folder / where.name, where)
 
 
 def scratch(folder: Place, name: str) -> AbstractContextManager[Path]:
     """A fresh folder of this machine for what will be moved to the place, removed at the end (`scratch_folder`)."""
-    return folders.scratch_folder(cache.staging() if isinstance(folder, Address) else folder, name)
+    return cache.scratch(name) if isinstance(folder, Address) else folders.scratch_folder(folder, name)
 
 
 @contextmanager
