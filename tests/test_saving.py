@@ -29,6 +29,7 @@ from raylway.train import checkpoint, chunks, failures
 from raylway.train.checkpoint import State
 from raylway.train.chunks import Part
 from raylway.train.division import Division
+from raylway.train.memory import Chosen
 from raylway.train.progress import Best, Progress
 from raylway.train.saving import Checkpoints, Ended
 from raylway.train.strategy import Groups
@@ -42,7 +43,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Groups]:
     """One rank, this process."""
     meeting = tmp_path_factory.mktemp("meeting") / "store"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield Groups.create(Division())
+    yield Groups.create(Division(), 300.0)
     dist.destroy_process_group()
 
 
@@ -66,7 +67,7 @@ def in_bucket(run: Run, s3_server: stores.Bucket, monkeypatch: pytest.MonkeyPatc
 def begun(run: Run, groups: Groups, keep: int = 2, sync: Callable[[], Any] = lambda: None, at: int = 0) -> Checkpoints:
     """An attempt, as `worker` begins one."""
     attempt = failures.begin(run, f"launch {at}", at, 1, checkpoint.last_attempt(run.checkpoints))
-    return Checkpoints(run, keep, Start(attempt, "", []), groups, Progress(step=at), sync)
+    return Checkpoints(run, keep, Start(attempt, "", [], Chosen(4)), groups, Progress(step=at), sync)
 
 
 def saved(checkpoints: Checkpoints, step: int, value: float | None = None, **progress: Any) -> Ended | None:
@@ -175,16 +176,16 @@ def test_the_newest_and_the_needed_stay_and_all_else_goes(
     where: str, request: pytest.FixtureRequest, groups: Groups
 ) -> None:
     run = request.getfixturevalue(where)
-    checkpoints = begun(run, groups)
     left = run.folder / "left"  # by one that was killed
     left.write_bytes(b"x")
     storage.move(left, run.checkpoints / "step-00000009-a001" / "rank-00000.safetensors")
+    checkpoints = begun(run, groups)
     for step in range(1, 6):
-        best = {"best_checkpoint": "step-00000001-a001", "best": Best(0.5, 1)}
+        best = {"best_checkpoint": "step-00000001-a002", "best": Best(0.5, 1)}
         assert saved(checkpoints, step, **best).error == ""
-    assert names(run) == [f"step-{step:08d}-a001" for step in (1, 4, 5)]
+    assert names(run) == [f"step-{step:08d}-a002" for step in (1, 4, 5)]
     assert checkpoint.newest(run, {}).state.progress.best == Best(0.5, 1)
-    assert checkpoint.load_model(run.checkpoints / "step-00000001-a001")["weight"].tolist() == [[1.0, 1.0]] * 3
+    assert checkpoint.load_model(run.checkpoints / "step-00000001-a002")["weight"].tolist() == [[1.0, 1.0]] * 3
 
 
 def test_a_bucket_that_goes_away_fails_two_saves_and_comes_back(

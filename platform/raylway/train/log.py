@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Protocol
 
 import msgspec
@@ -67,11 +68,16 @@ class MetricsLog:
         if not is_last_of_epoch and step % PACE_STEPS:
             return
         if found := pace.pace(self._recent):
-            spent = self._tally.spent(pace.lines(self._run.events), pace.now())
+            spent = self._tally.spent(self._events, pace.now())
             overall = self._tally.rows / self._tally.step_s
             self.write(
                 "pace", step=step, **msgspec.to_builtins(found), overall_rows_per_s=overall, goodput=spent.goodput
             )
+
+    @cached_property
+    def _events(self) -> list[Line]:
+        """Read once: this start adds none that says where time went, and a bucket may be out of reach later."""
+        return list(pace.lines(self._run.events))
 
     def mark(self) -> int:
         """The size of the file."""
