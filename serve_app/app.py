@@ -5,6 +5,7 @@ Each replica loads the bundle, checks itself against the examples in it, and tak
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from raylway import storage
 from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
+from serve_app import exports
+from serve_app import keys as api_keys
 from serve_app.service import Service
+from serve_app.watch import Watch
 
 DEFAULTS = {"min_replicas": 1, "max_replicas": 4, "max_batch": 64}
 MAX_ONGOING_REQUESTS = 2048
@@ -39,11 +43,17 @@ LOOK_BACK_S = 11.0
 class Model:
     """One replica."""
 
-    def __init__(self, bundle: str, max_batch: int) -> None:
+    def __init__(self, bundle: str, max_batch: int, keys: str | None) -> None:
         torch.set_num_threads(1)  # as every forward pass of the predictor needs it; replicas scale, not threads
         predictor = Predictor(contents.load(storage.place(bundle)))
         examples.check(predictor)
-        self._service = Service(predictor, max_batch)
+        self._service = Service(
+            predictor,
+            max_batch,
+            api_keys.read(Path(keys) if keys else None),
+            Watch(predictor.bundle.record, exports.access_log()),
+            exports.metrics,
+        )
 
     def __serve_build_asgi_app__(self) -> Service:
         return self._service
@@ -53,20 +63,21 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one bundle; checks its arguments and touches nothing, since Ray may call it on any node.
 
     Args:
-        args: `bundle`, the folder, which every node that may hold a replica must see, or `s3://…` or `gs://…`, which
-            each node fetches once; and, as numbers or their text,
-            `min_replicas`, `max_replicas` and `max_batch` (rows in one pass through the model).
+        args: `bundle`, the folder, or `s3://…` or `gs://…`, which each node fetches once; `keys`, the file of the API
+            keys (`serve_app.keys`) if not everybody may ask; and, as numbers or their text, `min_replicas`,
+            `max_replicas` and `max_batch` (rows in one pass through the model). Every node that may hold a replica must
+            see the folder and the file.
 
     Raises:
         UserError: An argument is missing, unknown or out of range.
     """
-    known = {"bundle", *DEFAULTS}
+    known = {"bundle", "keys", *DEFAULTS}
     unknown = sorted(args.keys() - known)
     if unknown or not args.get("bundle"):
         raise UserError(
             f"no such argument: {', '.join(unknown)}" if unknown else "an argument is missing: bundle",
             where="serve_app.app:build",
-            expected="bundle=FOLDER, and if you like min_replicas=1 max_replicas=4 max_batch=64",
+            expected="bundle=FOLDER, and if you like keys=FILE min_replicas=1 max_replicas=4 max_batch=64",
             found=", ".join(map(str, args)) or "none",
         )
     numbers = {name: _count(name, args.get(name, default)) for name, default in DEFAULTS.items()}
@@ -78,7 +89,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     scaled: serve.Deployment = Model.options(  # type: ignore[attr-defined] # the decorator has made it a Deployment
         autoscaling_config=_autoscaling(low, high, max_batch)
     )
-    return scaled.bind(str(storage.place(args["bundle"], "serve_app.app:build, bundle")), max_batch)
+    bundle = storage.place(args["bundle"], "serve_app.app:build, bundle")
+    keys = args.get("keys")
+    return scaled.bind(str(bundle), max_batch, str(Path(keys).absolute()) if keys else None)
 
 
 def _autoscaling(low: int, high: int, max_batch: int) -> AutoscalingConfig:

@@ -17,14 +17,12 @@ import numpy as np
 
 from raylway.bundle.rows import Rows, joined
 
-DEADLINE_S = 30.0
-"""A request without its answer by then gets none; its client has most likely gone."""
 MAX_WAITING_BATCHES = 512
 """A queue longer than this takes no further request. One of many rows is taken whole while the queue is shorter."""
 
 
 class Overloaded(Exception):
-    """The queue is full, or the deadline passed; the message says which."""
+    """The queue is full."""
 
 
 @dataclass(eq=False)
@@ -66,8 +64,12 @@ class Batcher:
         """Whether a request would be refused now."""
         return self._waiting_rows >= self._max_batch * MAX_WAITING_BATCHES
 
+    def waiting(self) -> int:
+        """Rows that no batch has taken yet."""
+        return self._waiting_rows
+
     async def submit(self, rows: Rows) -> np.ndarray:
-        """The outputs for the rows of one request, in their order.
+        """The outputs for the rows of one request, in their order. Cancelled, it frees its place in the queue.
 
         Raises:
             Overloaded: See there.
@@ -81,10 +83,10 @@ class Batcher:
         if self._work is None:
             self._work = asyncio.create_task(self._drain())
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await request.future
-        except TimeoutError:
-            raise Overloaded(f"no answer within {DEADLINE_S:.0f} s") from None
+            return await request.future
+        finally:
+            self._waiting_rows -= request.left  # of one that was cancelled or failed
+            request.taken = len(rows)
 
     async def _drain(self) -> None:
         """Compute batches until nothing waits; the next request starts it anew."""
@@ -101,8 +103,7 @@ class Batcher:
         room = self._max_batch
         for _ in range(len(self._queue)):
             request = self._queue.popleft()
-            if request.future.done():  # its client has gone, its time is over, or an earlier piece failed
-                self._waiting_rows -= request.left
+            if request.future.done():  # cancelled, or an earlier piece failed
                 continue
             count = min(room, request.left)
             pieces.append(_Piece(request, request.rows.part(request.taken, request.taken + count)))

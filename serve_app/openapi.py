@@ -8,46 +8,76 @@ from raylway import __version__
 from raylway.bundle import examples
 from raylway.bundle.contents import Bundle
 from raylway.features.signature import Input, Signature
+from serve_app.forms import Model
 from serve_app.problems import TITLES
+from serve_app.tensors import Tensors
 
 Schema = dict[str, Any]
+_JSON = "application/json"
+_PATIENCE = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 300_000, "default": 30_000},
+    "description": "how long the client waits",
+}
+_PROBLEMS = (400, 401, 408, 413, 415, 422, 429, 500, 503)
 _MOST_CATEGORIES = 50
 """Named in the description of a feature; `GET /signature` and the bundle have them all."""
 
 
-def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
+def document(model: Model, tensors: Tensors, max_body_bytes: int) -> dict[str, Any]:
     """The whole document.
 
     Args:
-        bundle: What is served.
+        model: What is served.
+        tensors: The Open Inference Protocol's way of asking it.
         max_body_bytes: The largest request body.
     """
+    bundle = model.predictor.bundle
     record = bundle.record
-    made = examples.read(bundle.folder).rows
-    responses = {
-        "200": {"description": "One answer a row, in the order of the rows", **_json("Answers", "NestedList")},
-        **{str(status): _problem(status) for status in (400, 413, 415, 422, 500, 503)},
-    }
-    predict = {
-        "summary": "Answer rows",
-        "description": (
-            f"Either `rows`, objects with a value for each feature, or `data`, lists of values in the order of "
-            f"`/signature`. Up to {max_body_bytes:,} bytes; no rows are answered with no answers."
+    made = examples.read(bundle.folder).rows[:1]
+    answers = _ref("Answers")
+    limit = f"Up to {max_body_bytes:,} bytes; no rows are answered with no answers."
+    paths = {
+        "/predict": _operation(
+            "predict",
+            "Answer rows",
+            "Either `rows`, objects with a value for each feature, and `ids` beside them if you like, or `data`, lists "
+            f"of values in the order of `/signature`. {limit}",
+            {"oneOf": [_ref("RowsRequest"), _ref("DataRequest")]},
+            {"rows": {"rows": made}, "data": {"data": [list(row.values()) for row in made]}},
+            {"oneOf": [answers, _ref("NestedList")]},
         ),
-        "operationId": "predict",
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"oneOf": [_ref("RowsRequest"), _ref("DataRequest")]},
-                    "examples": {
-                        "rows": {"value": {"rows": made[:1]}},
-                        "data": {"value": {"data": [list(row.values()) for row in made[:1]]}},
-                    },
-                }
+        "/invocations": _operation(
+            "invocations",
+            "Answer rows as MLflow's scoring server does",
+            f"`text/csv` with a line of names is taken too. {limit}",
+            {"type": "object"},
+            {
+                "dataframe_records": {"dataframe_records": made},
+                "dataframe_split": {
+                    "dataframe_split": {
+                        "columns": [each.name for each in record.signature.inputs],
+                        "data": [list(row.values()) for row in made],
+                    }
+                },
             },
-        },
-        "responses": responses,
+            answers,
+        ),
+        f"{tensors.path}/infer": _operation(
+            "infer",
+            "Answer rows by the Open Inference Protocol",
+            "A tensor for each feature, or one of all features in the order of `/signature`; with the binary data "
+            f"extension. {limit}",
+            {"type": "object"},
+            {"tensors": tensors.example(made[0])} if made else {},
+            {"type": "object"},
+        ),
+        "/signature": _page("What the model takes and gives", "application/json"),
+        "/healthz": _page("The process is alive", "application/json"),
+        "/readyz": _page("The model is loaded, has checked itself, and has room", "application/json", 503),
+        "/openapi.json": _page("This document", "application/json"),
+        "/docs": _page("A page that shows how to ask", "text/html"),
     }
     return {
         "openapi": "3.1.0",
@@ -56,15 +86,34 @@ def document(bundle: Bundle, max_body_bytes: int) -> dict[str, Any]:
             "version": record.version,
             "description": f"Predicts `{record.signature.target}`; served by Raylway {__version__}.",
         },
-        "paths": {
-            "/predict": {"post": predict},
-            "/signature": _page("What the model takes and gives", "application/json"),
-            "/healthz": _page("The process is alive", "application/json"),
-            "/readyz": _page("The model is loaded, has checked itself, and has room", "application/json", 503),
-            "/openapi.json": _page("This document", "application/json"),
-            "/docs": _page("A page that shows how to ask", "text/html"),
+        "paths": paths,
+        "components": {
+            "schemas": schemas(record.signature, bundle),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "components": {"schemas": schemas(record.signature, bundle)},
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(
+    name: str, summary: str, description: str, body: Schema, examples: dict[str, Any], answer: Schema
+) -> dict[str, Any]:
+    """A POST that answers rows."""
+    content: dict[str, Any] = {"schema": body}
+    content["examples"] = {title: {"value": value} for title, value in examples.items()}
+    answered = {"description": "One answer a row, in the order of the rows", "content": {_JSON: {"schema": answer}}}
+    return {
+        "post": {
+            "summary": summary,
+            "description": description,
+            "operationId": name,
+            "parameters": [_PATIENCE],
+            "requestBody": {"required": True, "content": {_JSON: content}},
+            "responses": {
+                "200": answered,
+                **{str(status): _problem(status) for status in _PROBLEMS},
+            },
+        }
     }
 
 
@@ -88,14 +137,15 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
     width = max(1, len(signature.classes))
     output = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
     text: Schema = {"type": "string"}
+    ids: Schema = {"type": "array", "items": {"type": ["string", "integer"]}, "description": "one for each row"}
     mistake = {"row": {"type": ["integer", "null"]}, "feature": {"type": ["string", "null"]}, "reason": text}
     problem = _object({"type": text, "title": text, "status": {"type": "integer"}, "detail": text})
     problem["properties"]["errors"] = {"type": "array", "items": _object(mistake)}
     return {
         "Row": row,
-        "RowsRequest": _object({"rows": {"type": "array", "items": _ref("Row")}}),
+        "RowsRequest": _object({"rows": {"type": "array", "items": _ref("Row")}}, ids=ids),
         "DataRequest": _object({"data": {"type": "array", "items": listed}}),
-        "Answers": _object(answers),
+        "Answers": _object(answers, ids=ids),
         "NestedList": {
             "type": "array",
             "items": output,
@@ -118,10 +168,10 @@ def _value(each: Input, categories: list[str]) -> Schema:
     return schema
 
 
-def _object(properties: dict[str, Schema]) -> Schema:
+def _object(properties: dict[str, Schema], **optional: Schema) -> Schema:
     return {
         "type": "object",
-        "properties": properties,
+        "properties": properties | optional,
         "required": list(properties),
         "additionalProperties": False,
     }
@@ -131,17 +181,12 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _json(*names: str) -> dict[str, Any]:
-    schema = _ref(names[0]) if len(names) == 1 else {"oneOf": [_ref(name) for name in names]}
-    return {"content": {"application/json": {"schema": schema}}}
-
-
 def _problem(status: int) -> dict[str, Any]:
     response: dict[str, Any] = {
         "description": TITLES[status],
         "content": {"application/problem+json": {"schema": _ref("Problem")}},
     }
-    if status == 503:
+    if status in (429, 503):
         response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return response
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from raylway.bundle.rows import InvalidRows
+from raylway.bundle.mistakes import InvalidRows
 
 TITLES = {
-    400: "The body is not JSON",
+    400: "The request can't be read",
+    401: "An API key is needed",
     404: "There is nothing at this path",
     405: "This path takes another method",
+    408: "The body takes too long",
     413: "The body is too large",
     415: "The body is of another media type",
     422: "The rows can't be answered",
+    429: "Too many requests",
     500: "The model failed",
     503: "Too busy",
 }

@@ -20,6 +20,31 @@ import httpx
 import uvicorn
 from commands import environment
 
+GOOD = {"length": 12.5, "width": 2.0, "colour": "red"}
+"""A ripe fruit."""
+
+MISTAKES = [
+    ({"width": 2.0, "colour": "red"}, "length"),
+    (GOOD | {"length": None}, "length"),
+    (GOOD | {"colour": None}, "colour"),
+    (GOOD | {"length": "12.5"}, "length"),
+    (GOOD | {"length": "twelve"}, "length"),
+    (GOOD | {"length": ""}, "length"),
+    (GOOD | {"length": [12.5]}, "length"),
+    (GOOD | {"length": {"v": 12.5}}, "length"),
+    (GOOD | {"length": True}, "length"),
+    (GOOD | {"note": "hand picked"}, "note"),
+    (GOOD | {"ripe": "no"}, "ripe"),
+    ({}, "length"),
+    ([12.5, 2.0, "red"], None),
+    (None, None),
+]
+"""What is no fruit, and the feature that is named."""
+
+KEY = "a-key-for-the-tests-only"
+KEYS = f"tests {KEY}; others another-key-for-the-tests"
+ALLOWED = {"Authorization": f"Bearer {KEY}"}
+
 
 def _refuse(constant: str) -> NoReturn:
     raise AssertionError(f"{constant} is not JSON")
@@ -64,7 +89,7 @@ def local(application: Any) -> Iterator[httpx.Client]:
     try:
         while not running.started:
             time.sleep(0.01)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=ALLOWED) as client:
             yield client
     finally:
         running.should_exit = True
@@ -89,13 +114,13 @@ def server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(bundle), str(port)],
-            env=environment() | variables,
+            env=environment() | {"RAYLWAY_API_KEYS": KEYS} | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=ALLOWED) as client:
             found = Server(process, client, log)
             deadline = time.monotonic() + 120
             while "stop it: Ctrl-C" not in found.said:
@@ -111,14 +136,7 @@ def server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
 
 def listening(root: int) -> list[tuple[str, str, int]]:
     """The TCP listeners of a process and its children: process name, address in hex as the kernel has it, port."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and (status := _read(folder / "stat")):
-            parent = int(status.rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    family = [root]
-    for process in family:
-        family += children.get(process, [])
+    family = _family(root)
     owners = {inode: process for process in family for inode in _sockets(process)}
     found = []
     for table in ("tcp", "tcp6"):
@@ -130,24 +148,52 @@ def listening(root: int) -> list[tuple[str, str, int]]:
     return found
 
 
+def access_log(root: int, application: str) -> list[dict[str, Any]]:
+    """What the replicas of an application, among the children of a process, have written to their access logs."""
+    files = {
+        _target(descriptor)
+        for process in _family(root)
+        for descriptor in _descriptors(process)
+        if f"/access_{application}_" in _target(descriptor)
+    }
+    return [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+
+
 def is_loopback(address: str) -> bool:
     """Of an address as /proc/net/tcp and tcp6 write it."""
     return address in ("0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F")
 
 
-def _sockets(process: int) -> list[str]:
-    names = []
+def _family(root: int) -> list[int]:
+    """A process and its children, and theirs."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and (status := _read(folder / "stat")):
+            parent = int(status.rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    family = [root]
+    for process in family:
+        family += children.get(process, [])
+    return family
+
+
+def _descriptors(process: int) -> list[Path]:
     try:
-        for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            try:
-                target = str(descriptor.readlink())
-            except OSError:
-                continue  # closed meanwhile
-            if target.startswith("socket:["):
-                names.append(target[8:-1])
+        return list(Path(f"/proc/{process}/fd").iterdir())
     except OSError:
         return []  # the process has ended
-    return names
+
+
+def _target(descriptor: Path) -> str:
+    try:
+        return str(descriptor.readlink())
+    except OSError:
+        return ""  # closed meanwhile
+
+
+def _sockets(process: int) -> list[str]:
+    targets = map(_target, _descriptors(process))
+    return [target[8:-1] for target in targets if target.startswith("socket:[")]
 
 
 def _read(path: Path) -> str:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from commands import environment
 
 _SERVER = """
-import json, sys
+import json, sys, time
 from raylway.launch import auth
 auth.prepare_local()
 import ray.cluster_utils
+from ray.core.generated import autoscaler_pb2
 import psutil
 cluster = ray.cluster_utils.Cluster()
 settings = {"object_store_memory": 80_000_000, "include_dashboard": False}
@@ -30,6 +31,13 @@ for line in sys.stdin:
         node = cluster.add_node(num_cpus=value, **settings)
         nodes[node.node_id] = node
         print(json.dumps(node.node_id), flush=True)
+    elif word == "drain":
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + 300) * 1000)
+        client = ray._raylet.GcsClient(address=cluster.address)
+        accepted, message = client.drain_node(value, reason, "to be taken away", deadline_ms)
+        assert accepted, message
+        print(json.dumps(value), flush=True)
     else:
         node = nodes.pop(value)
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
@@ -66,6 +74,10 @@ class Nodes:
     def kill(self, node: str) -> None:
         """SIGKILL a node's raylet and all that it started."""
         self.ids.remove(self._ask("kill", node))
+
+    def drain(self, node: str) -> None:
+        """Tell Ray that a node will be taken away in five minutes, as one does who has got a spot notice for it."""
+        self._ask("drain", node)
 
     def environment(self) -> dict[str, str]:
         """Of a process that joins."""

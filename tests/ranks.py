@@ -6,8 +6,10 @@ The processes are forked from a server that has imported torch once, so a group 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from made_prepared import make
 
 from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
+from raylway.runs import journal
 from raylway.runs.run import Run
+from raylway.storage import Place, buckets
 from raylway.train import worker
 from raylway.train.plan import Plan, plan
 
@@ -31,18 +35,20 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "ranks"])
 class Case:
     """One job on prepared rows, in a folder of its own."""
 
-    folder: Path
+    folder: Place
     prepared: Prepared
     train: dict[str, Any]
     """The job's section."""
     model: dict[str, Any] = field(default_factory=dict)
     import_paths: list[str] = field(default_factory=list)
     seed: int = 42
+    hang_limit_s: float = 240
 
     @property
     def run(self) -> Run:
         run = Run(self.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(run.folder, Path):
+            run.folder.mkdir(parents=True, exist_ok=True)
         return run
 
     @property
@@ -72,7 +78,9 @@ class Case:
         )
 
     def assignment(self, workers: int | None, launch: str = "launch") -> dict[str, Any]:
-        return worker.assignment(self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch)
+        return worker.assignment(
+            self.job, self.plan(workers), self.run, self.prepared, self.import_paths, launch, self.hang_limit_s
+        )
 
     def steps(self) -> list[dict[str, Any]]:
         """The step lines of metrics.jsonl."""
@@ -84,7 +92,7 @@ class Case:
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Those of one kind."""
-        lines = [msgspec.json.decode(line) for line in self.run.metrics.read_bytes().splitlines()]
+        lines = [msgspec.json.decode(line) for line in journal.read(self.run.metrics).splitlines()]
         return [line for line in lines if line["kind"] == kind]
 
     def weights(self, checkpoint: str) -> dict[str, np.ndarray]:
@@ -120,16 +128,24 @@ class Ranks:
         workers: How many ranks.
         folder: For the rendezvous.
         exact: Our own model computes in float64.
+        setup: Called first on every rank.
     """
 
-    def __init__(self, assignments: list[dict[str, Any]], workers: int, folder: Path, exact: bool = False) -> None:
+    def __init__(
+        self,
+        assignments: list[dict[str, Any]],
+        workers: int,
+        folder: Path,
+        exact: bool = False,
+        setup: Callable[[], None] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         store = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"
         self._pipes, self.processes = [], []
         for rank in range(workers):
             mine, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_rank, args=(assignments, rank, workers, store, theirs, exact), daemon=True
+                target=_rank, args=(assignments, rank, workers, store, theirs, exact, setup), daemon=True
             )
             process.start()
             theirs.close()
@@ -166,10 +182,26 @@ def done(case: Case, workers: int = 1, launch: str = "launch") -> worker.Report:
     return reports[0]
 
 
-def _rank(assignments: list[dict[str, Any]], rank: int, workers: int, store: str, pipe: Any, exact: bool) -> None:
+def reach(variables: dict[str, str]) -> None:
+    """A setup: a bucket by the variables of the environment; this rank gives it up after two seconds."""
+    os.environ.update(variables)
+    buckets.GIVE_UP_AFTER_S = 2.0
+
+
+def _rank(
+    assignments: list[dict[str, Any]],
+    rank: int,
+    workers: int,
+    store: str,
+    pipe: Any,
+    exact: bool,
+    setup: Callable[[], None] | None,
+) -> None:
     import torch
     import torch.distributed as dist
 
+    if setup:
+        setup()
     if exact:
         torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,3 +145,39 @@ def answering(port: int, content: bytes) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert answered.wait(60)
         server.shutdown()
+
+
+class Way:
+    """A port of this machine that leads to another one, unless the way is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._there = port
+        [self.port] = free_ports(1)
+        self._open: list[socket.socket] = []
+        self.mend()
+
+    def cut(self) -> None:
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open.clear()
+
+    def mend(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self._open.append(listener)
+        threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
+
+    def _listen(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                ends = listener.accept()[0], socket.create_connection(("127.0.0.1", self._there))
+                self._open += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                target.sendall(content)
+            target.shutdown(socket.SHUT_WR)

@@ -74,7 +74,7 @@ def test_regression_answers_in_the_unit_of_the_target(price: Path) -> None:
 def test_optional_inputs_are_filled_as_in_training(price: Path) -> None:
     made, predictor = making.price(), Predictor(price)
     rooms, place = made.transform.numeric[1], made.transform.categorical[0]
-    _, sparse = RowReader(made.signature).read(b'{"rows":[{"size":50},{"size":50,"rooms":null,"place":null}]}')
+    _, sparse, _ = RowReader(made.signature).read(b'{"rows":[{"size":50},{"size":50,"rooms":null,"place":null}]}')
     full = msgspec.json.encode({"rows": [{"size": 50, "rooms": rooms.mean, "place": place.most_frequent}]})
     expected = predictor.outputs(RowReader(made.signature).read(full)[1])
     assert predictor.outputs(sparse).tolist() == [expected[0], expected[0]]
@@ -125,7 +125,7 @@ def _article(folder: Path) -> Predictor:
 
 def test_json_rows_and_tables_get_the_same_bits(fruit: Path) -> None:
     predictor, table = Predictor(fruit), fruit_rows(40)
-    _, rows = RowReader(predictor.signature).read(msgspec.json.encode({"rows": table.to_pylist()}))
+    _, rows, _ = RowReader(predictor.signature).read(msgspec.json.encode({"rows": table.to_pylist()}))
     by_table = predictor.predict(table).probabilities
     assert by_table is not None
     assert predictor.outputs(rows).tobytes() == by_table.tobytes()
@@ -137,7 +137,7 @@ def test_derived_features_are_computed_from_json_rows(tmp_path: Path) -> None:
     table = table.append_column("big", pa.array(np.where(table["a"].to_numpy() > table["b"].to_numpy(), "yes", "no")))
     inputs = {"a": "number", "b": "number", "c": "category"}
     predictor = Predictor(making.made(table, "big", inputs, derive={"ratio": "a / b"}).stage(tmp_path / "bundle"))
-    _, rows = RowReader(predictor.signature).read(b'{"rows":[{"a":9,"b":1,"c":"x"},{"a":1,"b":9,"c":"x"}]}')
+    _, rows, _ = RowReader(predictor.signature).read(b'{"rows":[{"a":9,"b":1,"c":"x"},{"a":1,"b":9,"c":"x"}]}')
     assert predictor.answers(predictor.outputs(rows)).labels == ["yes", "no"]
     expected = predictor.predict(pa.table({"a": [9.0, 1.0], "b": [1.0, 9.0], "c": ["x", "x"]})).probabilities
     assert predictor.outputs(rows).tobytes() == expected.tobytes()  # type: ignore[union-attr]

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylway.bundle.rows import MOST_PROBLEMS, InvalidRows, NotJson, RowReader, joined
+from raylway.bundle.mistakes import MOST_PROBLEMS, InvalidRows
+from raylway.bundle.rows import NotJson, RowReader, joined
 from raylway.features.schema import canonical_text
 from raylway.features.signature import Input, Signature
 
@@ -61,7 +62,7 @@ def test_a_name_that_json_escapes_is_a_name_like_another(name: str) -> None:
     reader = RowReader(Signature("regression", "price", inputs, []))
     bodies = ({"rows": [{"place": 1, name: 2.5}, {name: 3}]}, {"data": [[2.5, 1, None], [3, None, None]]})
     for body in bodies:
-        form, rows = reader.read(json.dumps(body).encode())
+        form, rows, _ = reader.read(json.dumps(body).encode())
         assert form in body
         np.testing.assert_array_equal(rows.numbers, [[2.5, np.nan], [3.0, np.nan]])
         assert rows.texts()[0].to_pylist() == ["1", None]
@@ -266,3 +267,38 @@ def test_joined_rows_are_the_rows_one_after_the_other() -> None:
     assert whole.numbers[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
     assert joined([whole.part(0, 2), whole.part(2, 6)]).numbers.tolist() == whole.numbers.tolist()
     assert [len(texts) for texts in whole.texts()] == [6, 6]
+
+
+def test_ids_of_rows() -> None:
+    def asked(**beside: Any) -> Any:
+        return READER.read(json.dumps({"rows": [GOOD, GOOD]} | beside).encode())
+
+    assert asked().ids is None
+    assert asked(ids=["a", 2**63 - 1]).ids == ["a", 2**63 - 1]
+    wrong = [(["a"], None), ("ab", None), (None, None), (["a", 1.5], 1), ([True, "b"], 0), ([2**63, None], 0)]
+    for ids, row in wrong:
+        assert problems(json.dumps({"rows": [GOOD, GOOD], "ids": ids}).encode())[0][0] == row
+    assert "go with" in problems(b'{"data": [], "ids": []}')[0][2]
+    assert "one key" in problems(b'{"ids": []}')[0][2]
+
+
+@pytest.mark.parametrize("name", ["length", 'length "in"'])
+def test_rows_of_another_format_follow_the_same_rules(name: str) -> None:
+    inputs = [Input(name, "number", True), Input("place", "category", False), Input("rooms", "number", False)]
+    reader = RowReader(Signature("regression", "price", inputs, [], missing=["?", "-1"]))
+    nan, inf = float("nan"), float("inf")
+    good = [[2.5, 7, nan], [3, nan, None], [4, "", -1]]
+    for form, rows in (
+        ("data", good),
+        ("rows", [dict(zip((name, "place", "rooms"), row, strict=True)) for row in good]),
+    ):
+        found = reader.convert(form, rows)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.numbers, [[2.5, nan], [3, nan], [4, nan]])
+        assert found.texts()[0].to_pylist() == ["7", None, None]
+    for row, feature in (([nan, 1, 1], name), ([-1, 1, 1], name), ([inf, 1, 1], name), ([1, inf, 1], "place")):
+        with pytest.raises(InvalidRows) as caught:
+            reader.convert("data", [[1, 1, 1], row])
+        assert [(each.row, each.feature) for each in caught.value.problems] == [(1, feature)]
+    for row in ([1, 1], 5, [1, 1, 10**400], [1, 1, "2"]):
+        with pytest.raises(InvalidRows):
+            reader.convert("data", [row])

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from preparing import job, prepared
 
 from raylway.bundle.contents import load
-from raylway.bundle.rows import InvalidRows, RowReader
+from raylway.bundle.mistakes import InvalidRows
+from raylway.bundle.rows import RowReader
 from raylway.data import inputs, sources
 from raylway.data.drift import drift
 from raylway.errors import UserError
@@ -135,7 +136,7 @@ def test_training_prediction_and_serving_read_alike(tmp_path: Path, kind: str) -
         np.testing.assert_array_equal(encoded.categorical, codes, err_msg=other)
     rows = [{name: cell for name, cell in row.items() if name != "y"} for row in table(CELLS).to_pylist()]
     asked = [row | {"rate": None if row["rate"] in (float("inf"), float("-inf")) else row["rate"]} for row in rows]
-    _, read = RowReader(manifest.signature).read(json.dumps({"rows": asked}).encode())
+    _, read, _ = RowReader(manifest.signature).read(json.dumps({"rows": asked}).encode())
     served = manifest.transform.encode(read.table(manifest.signature))
     np.testing.assert_array_equal(served.numeric, numeric)
     np.testing.assert_array_equal(served.categorical, codes)

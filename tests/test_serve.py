@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -15,13 +17,13 @@ from typing import Any
 
 import asking
 import httpx
-import jsonschema
+import leaving
 import made as making
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from asking import Server, ask, strict
+from asking import GOOD, MISTAKES, Server, ask, strict
 
 from raylway import storage
 from raylway.bundle import contents, examples
@@ -29,12 +31,10 @@ from raylway.bundle.predictor import Predictor
 from raylway.errors import RunFailed
 from raylway.job.schema import Serve
 from raylway.launch import serving
-from raylway.models import registry
 from serve_app import app as serve_app
 from serve_app import service
+from serve_app.keys import Keys
 from serve_app.service import Service
-
-GOOD = {"length": 12.5, "width": 2.0, "colour": "red"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def haproxy(fruit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.fixture(scope="module", params=["the application", "Ray's own proxy", "HAProxy"])
 def client(request: pytest.FixtureRequest, fruit: Path) -> Iterator[httpx.Client]:
     if request.param == "the application":
-        with asking.local(Service(Predictor(fruit), 64)) as found:
+        with asking.local(Service(Predictor(fruit), 64, Keys(asking.KEYS, "the test"))) as found:
             yield found
     elif request.param == "HAProxy":
         yield request.getfixturevalue("haproxy").client
@@ -70,9 +70,11 @@ def client(request: pytest.FixtureRequest, fruit: Path) -> Iterator[httpx.Client
         from ray import serve
 
         address = request.getfixturevalue("ray_serve")
-        application = serve_app.build({"bundle": str(fruit), "max_replicas": "1"})
+        keys = fruit.with_name("keys")
+        keys.write_text(asking.KEYS)
+        application = serve_app.build({"bundle": str(fruit), "max_replicas": "1", "keys": str(keys)})
         serve.run(application, name="fruit", route_prefix="/fruit")
-        with httpx.Client(base_url=f"{address}/fruit", timeout=30) as found:
+        with httpx.Client(base_url=f"{address}/fruit", timeout=30, headers=asking.ALLOWED) as found:
             yield found
         serve.delete("fruit")
 
@@ -86,6 +88,46 @@ def test_both_forms_of_a_request(client: httpx.Client, fruit: Path) -> None:
     nested = client.post("/predict", json={"data": [[12.5, 2.0, "red"], [6, 2.0, "red"]]})
     assert strict(nested) == [[row["no"], row["yes"]] for row in answer["probabilities"]]
     assert [set(row) for row in answer["probabilities"]] == [{"no", "yes"}] * 2
+
+
+def test_rows_with_the_names_that_their_client_gives_them(client: httpx.Client) -> None:
+    answer = client.post("/predict", json={"rows": [GOOD, GOOD | {"length": 6}], "ids": ["a/17", 18]})
+    assert strict(answer)["ids"] == ["a/17", 18]
+    assert strict(answer)["predictions"] == ["yes", "no"]
+    refused = client.post("/predict", json={"rows": [GOOD], "ids": ["a", "b"]})
+    assert (refused.status_code, strict(refused)["detail"][:18]) == (422, "expected a list of")
+
+
+def test_the_forms_of_other_servers(client: httpx.Client) -> None:
+    """What they may hold is in test_serve_forms; here that their paths, headers and bytes reach the application."""
+    right = strict(client.post("/predict", json={"rows": [GOOD]}))
+    csv = client.post("/invocations", content="length,width,colour\n12.5,2,red\n", headers={"Content-Type": "text/csv"})
+    assert strict(csv) == right
+    tensors = [
+        {"name": "length", "shape": [1], "datatype": "FP64", "parameters": {"binary_data_size": 8}},
+        {"name": "width", "shape": [1], "datatype": "FP64", "data": [2.0]},
+        {"name": "colour", "shape": [1], "datatype": "BYTES", "data": ["red"]},
+    ]
+    head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+    answer = client.post(
+        "/v2/models/fruit/infer",
+        content=head + np.array([12.5]).tobytes(),
+        headers={"Inference-Header-Content-Length": str(len(head))},
+    )
+    described = json.loads(answer.content[: int(answer.headers["inference-header-content-length"])])
+    assert described["outputs"][1]["parameters"] == {"binary_data_size": 8}
+    assert answer.content[-8:] == np.array(list(right["probabilities"][0].values()), np.float32).tobytes()
+    assert answer.headers["content-type"] == "application/octet-stream"
+    for path in (
+        "/ping",
+        "/health",
+        "/version",
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models/fruit/ready",
+    ):
+        assert client.get(path).status_code == 200
 
 
 def test_the_served_bits_are_the_predictors(client: httpx.Client, fruit: Path) -> None:
@@ -104,24 +146,6 @@ def test_the_served_bits_are_the_predictors(client: httpx.Client, fruit: Path) -
     for found, count in ((together["probabilities"], 300), (singles, 100)):
         bits = np.array([[row["no"], row["yes"]] for row in found], np.float32)
         assert bits.tobytes() == expected[:count].tobytes()  # type: ignore[index]
-
-
-MISTAKES = [
-    ({"width": 2.0, "colour": "red"}, "length"),
-    (GOOD | {"length": None}, "length"),
-    (GOOD | {"colour": None}, "colour"),
-    (GOOD | {"length": "12.5"}, "length"),
-    (GOOD | {"length": "twelve"}, "length"),
-    (GOOD | {"length": ""}, "length"),
-    (GOOD | {"length": [12.5]}, "length"),
-    (GOOD | {"length": {"v": 12.5}}, "length"),
-    (GOOD | {"length": True}, "length"),
-    (GOOD | {"note": "hand picked"}, "note"),
-    (GOOD | {"ripe": "no"}, "ripe"),
-    ({}, "length"),
-    ([12.5, 2.0, "red"], None),
-    (None, None),
-]
 
 
 @pytest.mark.parametrize(("row", "feature"), MISTAKES)
@@ -250,31 +274,46 @@ def test_paths_and_methods(client: httpx.Client) -> None:
     assert (head.status_code, head.content) == (200, b"")
 
 
-def test_the_openapi_document(client: httpx.Client, fruit: Path) -> None:
-    document = strict(client.get("/openapi.json"))
-    assert document["openapi"] == "3.1.0"
-    assert document["info"]["version"] == contents.load(fruit).record.version
-    for path, methods in document["paths"].items():
-        for method in methods:
-            assert client.request(method, path, json={"rows": []}).status_code == 200
-    resolved = json.loads(json.dumps(document["components"]).replace("#/components/", "#/"))
+def test_who_shows_no_key_learns_nothing(client: httpx.Client) -> None:
+    client = httpx.Client(base_url=client.base_url)
+    for path in ("/predict", "/invocations", "/v2/models/fruit/infer"):
+        answer = client.post(path, json={"rows": [GOOD]})
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert answer.headers["content-type"] == "application/problem+json"
+    for path in ("/signature", "/openapi.json", "/v2", "/v2/models/fruit", "/nowhere", "/predict", "/version"):
+        assert client.get(path).status_code == 401
+    for path in ("/", "/docs", "/healthz", "/readyz", "/ping", "/health", "/v2/health/live", "/v2/health/ready"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "fruit" not in answer.text or path == "/readyz"
+    for wrong in ({"Authorization": "Bearer wrong"}, {"Authorization": asking.KEY}, {"X-API-Key": asking.KEY[:-1]}):
+        assert client.get("/signature", headers=wrong).status_code == 401
+    assert client.get("/signature", headers={"X-API-Key": asking.KEY}).status_code == 200
 
-    def valid(name: str, value: Any) -> bool:
-        schema = resolved | {"$ref": f"#/schemas/{name}"}
-        jsonschema.Draft202012Validator.check_schema(schema)
-        return jsonschema.Draft202012Validator(schema).is_valid(value)
 
-    posted = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
-    for form, name in (("rows", "RowsRequest"), ("data", "DataRequest")):
-        example = posted["examples"][form]["value"]
-        assert valid(name, example)
-        assert client.post("/predict", json=example).status_code == 200
-    for row, _ in MISTAKES:
-        assert not valid("RowsRequest", {"rows": [row]})
-        assert valid("Problem", ask(client, row)[1])
-    assert valid("Answers", ask(client, GOOD)[1])
-    assert valid("NestedList", strict(client.post("/predict", json={"data": [[1, 2, "red"]]})))
-    assert not valid("DataRequest", {"data": [[1, 2]]})
+def test_headers_of_every_answer(client: httpx.Client) -> None:
+    for answer in (client.get("/docs"), client.get("/nowhere"), client.post("/predict", json={"rows": [GOOD]})):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+    assert "default-src 'none'" in client.get("/docs").headers["content-security-policy"]
+
+
+def test_how_long_a_client_waits(client: httpx.Client) -> None:
+    for text in ("0", "-1", "1.5", "soon", "300001", "9" * 400):
+        answer = client.post("/predict", json={"rows": [GOOD]}, headers={"X-Request-Timeout-Ms": text})
+        assert answer.status_code == 400
+        assert "X-Request-Timeout-Ms" in strict(answer)["detail"]
+    assert client.post("/predict", json={"rows": [GOOD]}, headers={"X-Request-Timeout-Ms": "20000"}).status_code == 200
+
+
+def test_a_body_that_does_not_come(client: httpx.Client) -> None:
+    address = (client.base_url.host, client.base_url.port)
+    head = f"POST {client.base_url.path}predict HTTP/1.1\r\nHost: here\r\nX-API-Key: {asking.KEY}\r\n"
+    head += "X-Request-Timeout-Ms: 200\r\nContent-Length: 50\r\nContent-Type: application/json\r\n\r\n"
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(head.encode() + b'{"rows":')
+        assert b"408" in connection.recv(4096).splitlines()[0]
+    assert ask(client, GOOD)[0] == 200
 
 
 def test_a_replica_whose_bundle_fails_its_check_does_not_start(fruit: Path, tmp_path: Path, ray_serve: str) -> None:
@@ -335,6 +374,16 @@ def test_two_replicas_under_load_and_one_after(fruit: Path, ray_serve: str, monk
     serve.delete("busy")
 
 
+@pytest.mark.parametrize("client", ["Ray's own proxy", "HAProxy"], indirect=True)
+def test_what_is_known_of_the_requests_afterwards(
+    client: httpx.Client, fruit: Path, request: pytest.FixtureRequest
+) -> None:
+    """The metrics of one address are those of all its replicas; a line of the log holds no value of a row."""
+    is_ours = request.node.callspec.params["client"] == "HAProxy"
+    root = request.getfixturevalue("haproxy").process.pid if is_ours else os.getpid()
+    leaving.notes(client, root, contents.load(fruit).record.version)
+
+
 KNOWN = {"gcs_server", "raylet", "python", "ray::DashboardA", "ray::RuntimeEnv"}
 KNOWN_OF_SERVE = {"ray::ServeContr", "ray::ProxyActor", "ray::HAProxyMan", "ray::ServeRepli"}
 
@@ -369,44 +418,40 @@ def only_rays_own_ports(server: Server) -> list[tuple[str, str, int]]:
 def test_haproxy_takes_the_requests_and_the_command_shown_works(haproxy: Server) -> None:
     assert "through HAProxy" in haproxy.said
     command = next(line for line in haproxy.said.splitlines() if line.startswith("try it:"))
-    done = subprocess.run(command.removeprefix("try it:"), shell=True, capture_output=True, text=True, check=True)
+    command = command.removeprefix("try it:").replace("Bearer KEY", f"Bearer {asking.KEY}")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["predictions"][0] in ("yes", "no")
 
 
-SLOW = """
-import time
-from pathlib import Path
-
-import torch
-
-def build(num_numeric, category_counts, num_outputs):
-    class Slow(torch.nn.Linear):
-        def forward(self, numeric, categorical):
-            Path(__file__).with_name("at_work").touch()
-            time.sleep(1.5)
-            return super().forward(numeric)
-
-    return Slow(num_numeric, num_outputs)
-"""
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return leaving.slow_bundle(tmp_path, monkeypatch)
 
 
-def test_a_stop_lets_requests_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On SIGTERM; the commands that other tests end by Ctrl-C take the same way."""
-    (tmp_path / "slow_model.py").write_text(SLOW)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    length = np.linspace(5, 15, 20)
-    table = pa.table({"length": length, "ripe": np.where(length > 10, "yes", "no")})
-    spec = registry.ModelSpec("slow_model:build", {})
-    bundle = making.made(table, "ripe", {"length": "number"}, spec, steps=0).stage(tmp_path / "bundle")
-    (tmp_path / "slow_model.py").unlink()
-    with asking.server(bundle, tmp_path) as server, ThreadPoolExecutor(1) as pool:
-        at_work = bundle / contents.CODE / "at_work"
-        at_work.unlink()  # the check at the start has made it
+def test_a_client_that_goes_away_from_rays_own_proxy(slow: Path, ray_serve: str) -> None:
+    from ray import serve
+
+    keys = slow.with_name("keys")
+    keys.write_text(asking.KEYS)
+    application = serve_app.build({"bundle": str(slow), "max_replicas": 1, "keys": str(keys)})
+    serve.run(application, name="slow", route_prefix="/slow")
+    with httpx.Client(base_url=f"{ray_serve}/slow", timeout=30, headers=asking.ALLOWED) as client:
+        leaving.frees_its_place(client, slow, os.getpid())
+    serve.delete("slow")
+
+
+def test_a_client_that_goes_away_from_haproxy_and_a_stop_that_lets_requests_end(slow: Path, tmp_path: Path) -> None:
+    """The stop is a SIGTERM; the commands that other tests end by Ctrl-C take the same way."""
+    hold, passes = slow / contents.CODE / "hold", slow / contents.CODE / "passes"
+    with asking.server(slow, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        leaving.frees_its_place(server.client, slow, server.process.pid)
+        passes.unlink()
+        hold.touch()
         asked = pool.submit(ask, server.client, {"length": 12})
-        while not at_work.exists():
-            assert not asked.done()
-            time.sleep(0.05)
+        leaving.until(passes.exists)
         server.process.terminate()
+        time.sleep(1)
+        hold.unlink()
         assert asked.result()[0] == 200
         assert server.process.wait(60) == 143, server.said
     assert "Traceback" not in server.said

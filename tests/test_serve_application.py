@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,25 +13,32 @@ from typing import Any
 
 import asking
 import httpx
+import jsonschema
 import made as making
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from asking import ask, strict
+from asking import GOOD, MISTAKES, ask, strict
 
+from raylway.bundle import contents
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
 from serve_app import app as serve_app
-from serve_app import batching, service
+from serve_app import batching, keys, service
+from serve_app.keys import Keys
 from serve_app.service import Service
-
-GOOD = {"length": 12.5, "width": 2.0, "colour": "red"}
 
 
 @pytest.fixture(scope="module")
 def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
+
+
+@pytest.fixture(scope="module")
+def client(fruit: Path) -> Iterator[httpx.Client]:
+    with asking.local(Service(Predictor(fruit), 64)) as found:
+        yield found
 
 
 @pytest.fixture
@@ -89,6 +98,67 @@ def test_too_many_at_once_are_told_to_come_again(fruit: Path, monkeypatch: pytes
         assert client.get("/healthz").status_code == 200
 
 
+def test_a_key_that_asks_too_often_waits(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(keys.time, "monotonic", lambda: now)
+    text = f"# of the tests\nfast {asking.KEY}  2.5/s\n\nslow another-key-for-the-tests 0.1/s"
+    with asking.local(Service(Predictor(fruit), 64, Keys(text, "the test"))) as client:
+        slow = {"Authorization": "bearer another-key-for-the-tests"}
+
+        def statuses(count: int, **headers: str) -> list[int]:
+            return [client.get("/signature", headers=headers).status_code for _ in range(count)]
+
+        assert statuses(4) == [200, 200, 429, 429]  # a second's worth at once
+        assert client.get("/healthz").status_code == 200
+        assert statuses(2, **slow) == [200, 429]
+        answer = client.post("/predict", json={"rows": [GOOD]}, headers=slow)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "10")
+        assert strict(answer)["detail"] == "the key slow may send 0.1 requests a second"
+        now += 1
+        assert statuses(4) == [200, 200, 429, 429]
+        now += 10
+        assert statuses(2, **slow) == [200, 429]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "there are no API keys"),
+        ("# none\n", "there are no API keys"),
+        ("shop short", "16 characters or more"),
+        ("\nshop", "line 2"),
+        (f"shop {asking.KEY} often", "this is no API key"),
+        (f"shop {asking.KEY} 0/s", "this is no API key"),
+        (f"shop {asking.KEY};shop another-key-for-the-tests", "stands there twice"),
+        (f"shop {asking.KEY}\nhall {asking.KEY}", "stands there twice"),
+    ],
+)
+def test_keys_that_can_not_be_read(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        keys.read(tmp_path / "keys")
+    assert asking.KEY not in str(caught.value)
+    with pytest.raises(UserError, match="the API keys can't be read"):
+        keys.read(tmp_path / "nowhere")
+
+
+def test_an_answer_that_does_not_come_in_time(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, answered = Predictor(fruit), threading.Event()
+    forward = predictor._model.forward
+
+    def slow(*inputs: Any) -> Any:
+        assert answered.wait(20)
+        return forward(*inputs)
+
+    predictor._model.forward = slow
+    with asking.local(Service(predictor, 64)) as client:
+        answer = client.post("/predict", json={"rows": [GOOD]}, headers={"X-Request-Timeout-Ms": "50"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert strict(answer)["detail"] == "no answer within 0.05 s"
+        answered.set()
+        assert ask(client, GOOD)[0] == 200
+
+
 def test_an_answer_that_is_not_finite_is_a_failure_with_a_reason(fruit: Path) -> None:
     predictor = Predictor(fruit)
     with torch.no_grad():
@@ -138,3 +208,34 @@ def test_the_application_imports_no_data_and_no_training() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_the_openapi_document(client: httpx.Client, fruit: Path) -> None:
+    document = strict(client.get("/openapi.json"))
+    assert document["openapi"] == "3.1.0"
+    assert document["info"]["version"] == contents.load(fruit).record.version
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            bodies = (
+                operation["requestBody"]["content"]["application/json"]["examples"] if method == "post" else {"": {}}
+            )
+            for body in bodies.values():
+                assert client.request(method, path, json=body.get("value")).status_code == 200
+    resolved = json.loads(json.dumps(document["components"]).replace("#/components/", "#/"))
+
+    def valid(name: str, value: Any) -> bool:
+        schema = resolved | {"$ref": f"#/schemas/{name}"}
+        jsonschema.Draft202012Validator.check_schema(schema)
+        return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+    posted = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    for form, name in (("rows", "RowsRequest"), ("data", "DataRequest")):
+        example = posted["examples"][form]["value"]
+        assert valid(name, example)
+        assert client.post("/predict", json=example).status_code == 200
+    for row, _ in MISTAKES:
+        assert not valid("RowsRequest", {"rows": [row]})
+        assert valid("Problem", ask(client, row)[1])
+    assert valid("Answers", ask(client, GOOD)[1])
+    assert valid("NestedList", strict(client.post("/predict", json={"data": [[1, 2, "red"]]})))
+    assert not valid("DataRequest", {"data": [[1, 2]]})

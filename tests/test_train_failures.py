@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -71,12 +71,13 @@ def test_a_fault_is_raised_by_every_rank(tmp_path: Path) -> None:
 
 def test_starts_that_make_progress_go_on_without_end(tmp_path: Path) -> None:
     case = watched(tmp_path, act="fault", at=5)
+    case.train = TRAIN | {"for": "28 steps"}
     case.import_paths.clear()
-    results = [ranks.Ranks([case.assignment(1)], 1, tmp_path).results()[0][0] for _ in range(3)]
+    results = [ranks.Ranks([case.assignment(1)], 1, tmp_path).results()[0][0] for _ in range(7)]
     # Each start is broken off after four steps, at its fifth pass, just when a checkpoint is there.
-    assert ["a machine's fault" in result for result in results[:2]] == [True, True]
-    assert results[2]["step"] == 12
-    assert failures.attempts(case.run) == 3
+    assert ["a machine's fault" in result for result in results[:6]] == [True] * 6
+    assert results[6]["step"] == 28
+    assert failures.attempts(case.run) == 7
 
 
 def test_without_progress_the_fourth_start_is_refused(tmp_path: Path) -> None:
@@ -94,6 +95,19 @@ def test_without_progress_the_fourth_start_is_refused(tmp_path: Path) -> None:
     # A new command has tries of its own.
     (result,) = ranks.Ranks([case.assignment(1, launch="another")], 1, tmp_path).results()[0]
     assert "a machine's fault" in result
+
+
+def test_a_smaller_microbatch_and_another_node_are_no_failures(tmp_path: Path) -> None:
+    """More of them from one step than starts without progress are allowed."""
+    case = watched(tmp_path)
+    kinds: list[Literal["memory", "preempted"]] = ["memory", "preempted"]
+    for attempt in range(1, 8):
+        assert failures.begin(case.run, "launch", 0, 1, used=0) == attempt
+        failures.record(case.run, failures.Failure(attempt, 0, kinds[attempt % 2], ["words"]))
+    for _ in range(failures.MOST_STARTS):
+        failures.begin(case.run, "launch", 0, 1, used=0)
+    with pytest.raises(RunFailed, match="started 3 times from step 0"):
+        failures.begin(case.run, "launch", 0, 1, used=0)
 
 
 def test_attempts_are_never_numbered_twice(tmp_path: Path) -> None:

@@ -8,14 +8,18 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ranks
+import stores
 from user_models import FOLDER
 
+from raylway import storage
+from raylway.storage import Place, buckets
 from raylway.train import checkpoint
 from raylway.train.feed.order import Order
 
@@ -187,9 +191,18 @@ def wait_for_files(folder: Path, count: int) -> None:
 FULL = EVERY_STEP | {"checkpoint": {"every": "3 steps", "keep": 9}, "validate": {"every": "18 steps"}}
 
 
-def filled(folder: Path, prepared: Any, **acts: Any) -> ranks.Case:
+def filled(folder: Place, prepared: Any, **acts: Any) -> ranks.Case:
     model = {"kind": "user_models:watched", "args": {"act": "full", **acts}}
     return ranks.Case(folder, prepared, FULL, model, [FOLDER])
+
+
+@pytest.fixture(scope="module")
+def never_filled(tmp_path_factory: pytest.TempPathFactory) -> ranks.Case:
+    """A finished run of two ranks whose disk had room."""
+    folder = tmp_path_factory.mktemp("never-filled")
+    case = filled(folder / "run", ranks.prepared(folder / "prepared", 23, 10))
+    ranks.done(case, 2)
+    return case
 
 
 def failed(case: ranks.Case) -> list[dict[str, Any]]:
@@ -197,30 +210,26 @@ def failed(case: ranks.Case) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "checkpoint failed"]
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(tmp_path: Path, never_filled: ranks.Case) -> None:
     """On one of two ranks. The run goes on with the last good one, and ends as it would have."""
-    prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
-    whole = filled(tmp_path / "whole", prepared)
-    expected = ranks.done(whole, 2)
-    full = filled(tmp_path / "full", prepared, at=5, until=7, rank=1)
+    full = filled(tmp_path / "full", never_filled.prepared, at=5, until=7, rank=1)
     report = ranks.done(full, 2)
     assert [(event["checkpoint"], "File too large" in event["reason"]) for event in failed(full)] == [
         ("step-00000006-a001", True)
     ]
     there = {path.name for path in full.run.checkpoints.iterdir()}
     assert there == {f"step-{step:08d}-a001" for step in (3, 9, 12, 15, 18)}
-    assert same_bits(whole.weights(expected.last_checkpoint), full.weights(report.last_checkpoint))
-    (note,) = [line["text"] for line in full._lines("note") if "can't be written" in line["text"]]
+    assert same_bits(never_filled.weights("step-00000018-a001"), full.weights(report.last_checkpoint))
+    (note,) = [line["text"] for line in full.lines("note") if "can't be written" in line["text"]]
     assert "the checkpoint of step 6 can't be written" in note
     assert "the last whole one is step-00000003-a001; going on" in note
-    assert all(line["stall_s"] > 0 for line in full._lines("checkpoint"))
+    assert all(line["stall_s"] > 0 for line in full.lines("checkpoint"))
 
 
-def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
-    whole = filled(tmp_path / "whole", prepared)
-    expected = ranks.done(whole, 2)
-    full = filled(tmp_path / "full", prepared, at=5, rank=1, once=str(tmp_path / "filled"))
+def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
+    tmp_path: Path, never_filled: ranks.Case
+) -> None:
+    full = filled(tmp_path / "full", never_filled.prepared, at=5, rank=1, once=str(tmp_path / "filled"))
     for reports in ranks.run(full.assignment(2), workers=2, folder=tmp_path):
         failure = reports[0].failure
         assert failure is not None and failure.kind == "run"
@@ -229,8 +238,48 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(t
     assert [event["checkpoint"] for event in failed(full)] == ["step-00000006-a001", "step-00000009-a001"]
     assert [path.name for path in full.run.checkpoints.iterdir()] == ["step-00000003-a001"]
     report = ranks.done(full, 2)
-    assert same_bits(whole.weights(expected.last_checkpoint), full.weights(report.last_checkpoint))
+    assert same_bits(never_filled.weights("step-00000018-a001"), full.weights(report.last_checkpoint))
     assert [step["step"] for step in full.steps()] == list(range(1, 19))
+
+
+def test_a_bucket_that_goes_away_stops_the_run_which_goes_on_when_it_is_back(
+    tmp_path: Path, s3_server: stores.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After step 6: the save of step 9 fails, the run goes on, the save of step 12 fails too, and the run ends."""
+    prepared = ranks.prepared(tmp_path / "prepared", 23, 10)
+    whole = filled(tmp_path / "whole", prepared, act="wait")
+    expected = ranks.done(whole)
+    way = stores.Way(int(s3_server.variables["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    variables = s3_server.variables | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{way.port}"}
+    variables["RAYLWAY_CACHE"] = str(tmp_path / "cache")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    buckets.system.cache_clear()
+    once = str(tmp_path / "cut")
+    cut = filled(storage.place(s3_server.address(f"{tmp_path.name}/cut")), prepared, act="wait", at=8, once=once)
+
+    started = ranks.Ranks([cut.assignment(1)], 1, tmp_path, setup=partial(ranks.reach, variables))
+    while not Path(once + ".waits").exists():
+        assert started.processes[0].is_alive()
+        time.sleep(0.01)
+    way.cut()
+    Path(once + ".goes-on").touch()
+    ((report,),) = started.results()
+    assert report["failure"]["kind"] == "run", report
+    text = report["failure"]["text"][0]
+    assert "the checkpoint of step 12 can't be written" in text and "the bucket can't be reached" in text
+    assert "the last whole one is step-00000006-a001. 2 in a row failed" in text
+
+    way.mend()
+    assert checkpoint.newest(cut.run, {}).manifest.step == 6
+    ((report,),) = ranks.Ranks([cut.assignment(1)], 1, tmp_path, setup=partial(ranks.reach, variables)).results()
+    assert report["step"] == 18, report
+    assert same_bits(whole.weights(expected.last_checkpoint), cut.weights(report["last_checkpoint"]))
+    assert [(step["step"], step["loss"]) for step in cut.steps()] == [
+        (step["step"], step["loss"]) for step in whole.steps()
+    ]
+    buckets.system.cache_clear()
+    way.cut()
 
 
 def test_an_attempt_that_was_taken_over_harms_nothing(tmp_path: Path) -> None:

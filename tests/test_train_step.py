@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ranks
 import torch
+from made_prepared import make
 from torch.nn import functional as F
 from user_models import FOLDER, net
 
@@ -70,3 +72,25 @@ def test_any_division_of_a_batch_gives_its_gradient(tmp_path: Path, workers: int
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-10)
         np.testing.assert_allclose([step["loss"] for step in case.steps()], losses, rtol=1e-10)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_word_weighs_the_same_in_whatever_pass_it_lands(tmp_path: Path, workers: int) -> None:
+    """Lines of 1, 2, 3 and 10 words, a row for each word: one plain step of rate 1 moves each logit by the share of its
+    word less a half. Means of means would move them by 0.125, or 0.167."""
+    words = pa.table({"place": np.arange(16.0), "word": list("a" + "ab" + "bbb" + "b" * 10)})
+    prepared = make(tmp_path / "prepared", {"train": words, "validation": words[:0], "test": words[:2]}, "word")
+    train = {"for": "1 steps", "global_batch": 16, "clip": None, "optimizer": {"kind": "sgd", "lr": 1.0}}
+    cases = [
+        ranks.Case(
+            tmp_path / str(size), prepared, train | {"microbatch": size}, {"kind": "user_models:frequencies"}, [FOLDER]
+        )
+        for size in (1, 5, 16)
+    ]
+    for case, report in zip(
+        cases,
+        ranks.run(*(case.assignment(workers) for case in cases), workers=workers, folder=tmp_path)[0],
+        strict=True,
+    ):
+        np.testing.assert_allclose(case.weights(report.last_checkpoint)["logits"], [-0.375, 0.375], atol=1e-12)
+        assert case.steps()[0]["loss"] == pytest.approx(math.log(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -36,6 +37,21 @@ class Net(nn.Module):
 
 def net(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
     return Net(num_numeric, num_outputs)
+
+
+class Frequencies(nn.Module):
+    """One logit for each class, at first 0: the smallest language model there is."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(outputs, dtype=torch.float64))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(numeric), -1)
+
+
+def frequencies(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:
+    return Frequencies(num_outputs)
 
 
 class Layers(nn.Module):
@@ -85,9 +101,7 @@ class Watched(Net):
         if acts.get("act") == "sleep" and rank == acts["rank"]:
             time.sleep(acts["seconds"])
         if self._passes == acts.get("until") and rank == acts.get("rank", rank):
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
+            _let_it_be_written()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if rank != acts.get("rank", rank) or self._passes != acts.get("at"):
             return
@@ -96,25 +110,53 @@ class Watched(Net):
             if marker.exists():
                 return
             marker.write_text(str(os.getpid()))
-        match acts["act"]:
-            case "mark":
-                pass
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "raise":
-                raise KeyError("a mistake of the user's")
-            case "fault":
-                raise OSError("a machine's fault")
-            case "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        _do(acts)
+
+
+def _do(acts: dict[str, Any]) -> None:
+    match acts["act"]:
+        case "mark":
+            pass
+        case "kill":
+            _let_it_be_written()
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise KeyError("a mistake of the user's")
+        case "fault":
+            raise OSError("a machine's fault")
+        case "wait":
+            _let_it_be_written()
+            Path(acts["once"] + ".waits").touch()
+            while not Path(acts["once"] + ".goes-on").exists():
+                time.sleep(0.01)
+        case "fill":
+            held = []
+            while True:
+                held.append(bytearray(b"1" * 50_000_000))
+                time.sleep(0.02)
+        case "hang":
+            threading.Event().wait()
+        case "hold":
+            ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it keeps Python's lock
+        case "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+
+
+def _let_it_be_written() -> None:
+    """The checkpoint in flight."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def watched(
     num_numeric: int, category_counts: list[int], num_outputs: int, dropout: float = 0.0, **acts: Any
 ) -> nn.Module:
     """Args:
-    act: `kill`, `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`, no more than the file of `once`; or
-        `full`: from here on this process can write no file of more than 64 KiB; a checkpoint is larger.
+    act: `kill`, once the checkpoint in flight is written; `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`,
+        no more than the file of `once`; `wait` until there is a file as `once` with `.goes-on` behind it; `full`: from
+        here on this process can write no file of more than 64 KiB, and a checkpoint is larger; `fill` the memory;
+        `hang`; or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
@@ -123,6 +165,39 @@ def watched(
     record: A folder for the rows that were seen, and a random number of each pass.
     """
     return Watched(num_numeric, num_outputs, dropout, acts)
+
+
+class Hungry(Net):
+    """Asks for more memory than there can be when it gets too many rows at once."""
+
+    def __init__(self, width: int, outputs: int, rows: int, rank: int | None, refusal: str) -> None:
+        super().__init__(width, outputs)
+        self._rows, self._rank, self._refusal = rows, rank, refusal
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        if self.training and len(numeric) > self._rows and self._rank in (None, _rank()):
+            if self._refusal == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            torch.empty(1 << 55, dtype=torch.uint8)
+        return super().forward(numeric, categorical)
+
+
+def hungry(
+    num_numeric: int,
+    category_counts: list[int],
+    num_outputs: int,
+    rows: int,
+    rank: int | None = None,
+    refusal: str = "cpu",
+) -> nn.Module:
+    """Args:
+    rows: Most of them at once.
+    rank: Of which rank; all if left out.
+    refusal: By torch's own allocator, or `cuda`: as a GPU's memory says it.
+    """
+    return Hungry(num_numeric, num_outputs, rows, rank, refusal)
 
 
 class Fragile(Watched):

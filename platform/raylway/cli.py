@@ -230,6 +230,7 @@ def serve(
     storage: Storage = "runs",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without them everybody may ask.")] = None,
     json_: Json = False,
 ) -> None:
     """Serve a run's bundle over HTTP until Ctrl-C."""
@@ -239,7 +240,7 @@ def serve(
     from raylway.storage import existing_root
 
     found = find_run(existing_root(storage), run, with_bundle=True)
-    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_))
+    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_), keys)
 
 
 @app.command()

@@ -17,7 +17,8 @@ import torch
 
 from raylway.bundle import code, contents
 from raylway.bundle.contents import Bundle
-from raylway.bundle.rows import MOST_PROBLEMS, Problem, Rows
+from raylway.bundle.mistakes import MOST_PROBLEMS, Problem
+from raylway.bundle.rows import Rows
 from raylway.errors import RunFailed, UserError
 from raylway.features import dates
 from raylway.features.signature import Input, Signature

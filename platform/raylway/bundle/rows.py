@@ -15,56 +15,37 @@ What is accepted, the same in both forms:
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from operator import itemgetter
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
-from raylway.features import dates
+from raylway.bundle.mistakes import (
+    INT64,
+    Form,
+    InvalidRows,
+    Mistakes,
+    Problem,
+    as_names,
+    holds_infinity,
+    holds_no_date,
+    is_missing,
+)
 from raylway.features.schema import canonical_text
 from raylway.features.signature import Input, Signature
-from raylway.features.texts import MissingCells, category_names, missing_words
+from raylway.features.texts import MissingCells
 
-Form = Literal["rows", "data"]
-MOST_PROBLEMS = 20
-"""Named in one answer; a client with more mistakes than these has one mistake."""
-
-_LONGEST = 200
-"""Characters of a client's own text in an answer."""
-_INT64 = 1 << 63
-_Category = str | Annotated[int, msgspec.Meta(ge=-_INT64, le=_INT64 - 1)] | float | bool
-_LARGEST_NUMBER = int(sys.float_info.max)
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """One mistake in a request."""
-
-    row: int | None
-    """Position in the request, from 0; None: the whole body."""
-    feature: str | None
-    reason: str
+_Whole = Annotated[int, msgspec.Meta(ge=-INT64, le=INT64 - 1)]
+_Category = str | _Whole | float | bool
 
 
 class NotJson(Exception):
     """The body is not JSON; the message says why."""
-
-
-class InvalidRows(Exception):
-    """The body is JSON but not rows that this model can answer."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__(problems)
-        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -98,6 +79,15 @@ class Rows:
         return pa.table(columns) if columns else pa.table({})
 
 
+class Asked(NamedTuple):
+    """A request's rows."""
+
+    form: Form
+    rows: Rows
+    ids: list[str | int] | None
+    """What the client calls its rows, one a row, if it sent that."""
+
+
 def joined(parts: list[Rows]) -> Rows:
     """The rows of all parts, one after the other."""
     if len(parts) == 1:
@@ -114,18 +104,21 @@ class RowReader:
 
     def __init__(self, signature: Signature) -> None:
         self._inputs = {each.name: each for each in signature.inputs}
-        self._decoder = None if any(map(_is_escaped, self._inputs)) else _decoder(signature.inputs)
+        self._type: Any = None if any(map(_is_escaped, self._inputs)) else _body_type(signature.inputs)
+        self._decoder: Any = None if self._type is None else msgspec.json.Decoder(self._type)
         kinds = [each.type for each in signature.inputs]
         self._numbers = [index for index, kind in enumerate(kinds) if kind == "number"]
         self._categories = [index for index, kind in enumerate(kinds) if kind != "number"]
         self._texts = [signature.inputs[index] for index in self._categories]
         self._required = [signature.inputs[index].required for index in self._numbers]
         self._missing = MissingCells(signature.missing)
+        self._mistakes = Mistakes(signature)
 
-    def read(self, body: bytes) -> tuple[Form, Rows]:
+    def read(self, body: bytes) -> Asked:
         """Check a body of either form, `{"rows": [{"feature": value}]}` or `{"data": [[value]]}`.
 
-        The lists of `data` hold the features in the order of the signature.
+        The lists of `data` hold the features in the order of the signature. Beside `rows` may stand `ids`, a text or
+        whole number for each row.
 
         Raises:
             NotJson: It is not JSON (which also knows no NaN and no Infinity), or nested too deeply.
@@ -142,15 +135,55 @@ class RowReader:
         if (decoded.rows is msgspec.UNSET) == (decoded.data is msgspec.UNSET):
             self._explain(body, "")
         form: Form = "rows" if decoded.data is msgspec.UNSET else "data"
+        ids = None if decoded.ids is msgspec.UNSET else decoded.ids
+        if ids is not None and (form == "data" or len(ids) != len(decoded.rows)):
+            self._explain(body, "")
         rows = self._columns(decoded.rows if form == "rows" else decoded.data)
-        if any(map(_holds_misfits, self._texts, rows.categories)):
+        if self._misses(rows):
             self._explain(body, "")
-        if self._missing and np.isnan(rows.numbers[:, self._required]).any():
-            self._explain(body, "")
-        return form, rows
+        return Asked(form, rows, ids)
+
+    def convert(self, form: Form, rows: list[Any]) -> Rows:
+        """Check rows that were read from another format, by the same rules.
+
+        Args:
+            form: As in `read`.
+            rows: JSON values; a float that is NaN is a missing cell, an infinite one a mistake.
+
+        Raises:
+            InvalidRows: As in `read`.
+        """
+        if (found := self._converted(form, rows)) is not None:
+            return found
+        rows = [_without_nan(row) for row in rows]
+        if problems := self._mistakes.of({form: rows}):
+            raise InvalidRows(problems)
+        return self._columns_of(self._listed(form, rows))
+
+    def _converted(self, form: Form, rows: list[Any]) -> Rows | None:
+        """Rows that are plainly good."""
+        if self._type is None:
+            return None
+        try:
+            decoded: Any = msgspec.convert({form: rows}, self._type)
+        except msgspec.ValidationError:
+            return None
+        found = self._columns(decoded.rows if form == "rows" else decoded.data)
+        odd = np.isinf(found.numbers).any() or np.isnan(found.numbers[:, self._required]).any()
+        return None if odd or any(map(_holds_odd_float, found.categories)) or self._misses(found) else found
+
+    def _misses(self, rows: Rows) -> bool:
+        """Whether a value is missing where it must not be, or none of its type's."""
+        return any(map(_holds_misfits, self._texts, rows.categories)) or bool(
+            self._missing and np.isnan(rows.numbers[:, self._required]).any()
+        )
 
     def _columns(self, decoded: list[Any]) -> Rows:
         return self._columns_of(list(map(msgspec.structs.astuple, decoded)))
+
+    def _listed(self, form: Form, rows: list[Any]) -> list[Any]:
+        """The values of each row in the order of the signature."""
+        return rows if form == "data" else [[*map(row.get, self._inputs)] for row in rows]
 
     def _columns_of(self, tuples: list[Any]) -> Rows:
         numbers = tuples if not self._categories else [[row[index] for index in self._numbers] for row in tuples]
@@ -158,14 +191,8 @@ class RowReader:
         columns = [list(map(itemgetter(index), tuples)) for index in self._categories]
         if self._missing:
             matrix[self._missing.in_numbers(matrix)] = np.nan
-            columns = [[None if self._is_missing(value) else value for value in column] for column in columns]
-        return Rows(matrix, list(map(_as_names, self._texts, columns)))
-
-    def _is_missing(self, value: Any) -> bool:
-        """Whether a JSON scalar is one of the signature's missing cells."""
-        if type(value) is str:
-            return bool(self._missing.in_texts(pa.array([value]))[0])
-        return type(value) in (int, float) and bool(self._missing.in_texts(pa.array([repr(value)]))[0])
+            columns = [[None if is_missing(self._missing, value) else value for value in column] for column in columns]
+        return Rows(matrix, list(map(as_names, self._texts, columns)))
 
     def _explain(self, body: bytes, found: str) -> NoReturn:
         """Raise what is wrong with a body that its types refused.
@@ -173,74 +200,19 @@ class RowReader:
         The standard library reads it, since it turns `1e999` into an infinity that can be named with its row and
         feature, where msgspec stops.
         """
-        problems = list(islice(self._problems(_loaded(body)), MOST_PROBLEMS))
-        raise InvalidRows(problems or [Problem(None, None, found)])
+        raise InvalidRows(self._mistakes.of(_loaded(body)) or [Problem(None, None, found)])
 
-    def _read_plainly(self, body: bytes) -> tuple[Form, Rows]:
+    def _read_plainly(self, body: bytes) -> Asked:
         """As `read`, slower: for names that msgspec can't look for."""
         content = _loaded(body)
-        if problems := list(islice(self._problems(content), MOST_PROBLEMS)):
+        if problems := self._mistakes.of(content):
             raise InvalidRows(problems)
         try:
             msgspec.json.decode(body)  # the standard library lets half of a surrogate pair through
         except ValueError as error:
             raise NotJson(_reason(error)) from None
-        ((form, rows),) = content.items()
-        return form, self._columns_of(rows if form == "data" else [[*map(row.get, self._inputs)] for row in rows])
-
-    def _problems(self, content: Any) -> Iterable[Problem]:
-        if type(content) is not dict or len(content) != 1 or not content.keys() <= {"rows", "data"}:
-            keys = f"the keys {', '.join(map(_shown, content))}"[:_LONGEST] if content else "an empty object"
-            found = keys if type(content) is dict else _named(content)
-            yield Problem(None, None, f'expected an object with one key, "rows" or "data"; found {found}')
-            return
-        ((form, rows),) = content.items()
-        if type(rows) is not list:
-            yield Problem(None, None, f'expected a list under "{form}"; found {_named(rows)}')
-            return
-        check = self._problems_of_object if form == "rows" else self._problems_of_list
-        for index, row in enumerate(rows):
-            yield from check(index, row)
-
-    def _problems_of_object(self, index: int, row: Any) -> Iterable[Problem]:
-        if type(row) is not dict:
-            yield Problem(index, None, f"expected an object with a value for each feature; found {_named(row)}")
-            return
-        for name in (name for name in row if name not in self._inputs):
-            near = difflib.get_close_matches(name[:_LONGEST], self._inputs, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ", leave it out"
-            yield Problem(index, name[:_LONGEST], f"is no feature of this model{hint}")
-        for name, each in self._inputs.items():
-            if name in row:
-                yield from self._problems_of_value(index, each, row[name])
-            elif each.required:
-                yield Problem(index, name, f"is missing; expected {_expected(each)}")
-
-    def _problems_of_list(self, index: int, row: Any) -> Iterable[Problem]:
-        if type(row) is not list or len(row) != len(self._inputs):
-            found = f"a list of {len(row)}" if type(row) is list else _named(row)
-            yield Problem(
-                index, None, f"expected a list of {len(self._inputs)} values in the order of /signature; found {found}"
-            )
-            return
-        for each, value in zip(self._inputs.values(), row, strict=True):
-            yield from self._problems_of_value(index, each, value)
-
-    def _problems_of_value(self, index: int, each: Input, value: Any) -> Iterable[Problem]:
-        kind = type(value)
-        is_word = kind is str and each.type != "number" and _as_names(each, [value]) == [None]
-        if value is None or is_word or (self._missing and kind in _kinds(each) and self._is_missing(value)):
-            if each.required:
-                found = "null" if value is None else f"{_shown(str(value))}, which is an empty cell here"
-                yield Problem(index, each.name, f"is {found}; expected {_expected(each)}")
-        elif _misfits(each, value):
-            yield Problem(index, each.name, f"expected {_expected(each)}; found {_named(value)}")
-        elif (kind is float and not math.isfinite(value)) or (
-            kind is str and each.type == "category" and _holds_infinity(each, _as_names(each, [value]))
-        ):
-            yield Problem(index, each.name, "is not a finite number")
-        elif kind is int and not abs(value) < (_LARGEST_NUMBER if each.type == "number" else _INT64):
-            yield Problem(index, each.name, "is too large")
+        form: Form = "rows" if "rows" in content else "data"
+        return Asked(form, self._columns_of(self._listed(form, content[form])), content.get("ids"))
 
 
 def _is_escaped(name: str) -> bool:
@@ -256,20 +228,17 @@ def _loaded(body: bytes) -> Any:
         raise NotJson(_reason(problem)) from None
 
 
-def _decoder(inputs: list[Input]) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(_body_type(inputs))
-
-
 def _body_type(inputs: list[Input]) -> type:
     """The type of a request body: msgspec checks it in one pass, features in the signature's order fastest."""
-    fields = [(f"f{index}", _value_type(each)) for index, each in enumerate(inputs)]
-    optional = [field if each.required else (*field, None) for field, each in zip(fields, inputs, strict=True)]
+    values = [(f"f{index}", _value_type(each)) for index, each in enumerate(inputs)]
+    optional = [field if each.required else (*field, None) for field, each in zip(values, inputs, strict=True)]
     names = {f"f{index}": each.name for index, each in enumerate(inputs)}
     row: Any = msgspec.defstruct("Row", optional, rename=names, kw_only=True, forbid_unknown_fields=True)
-    listed: Any = msgspec.defstruct("Listed", fields, array_like=True, forbid_unknown_fields=True)
+    listed: Any = msgspec.defstruct("Listed", values, array_like=True, forbid_unknown_fields=True)
     unset = msgspec.UNSET
-    forms = [("rows", list[row] | msgspec.UnsetType, unset), ("data", list[listed] | msgspec.UnsetType, unset)]
-    return msgspec.defstruct("Body", forms, forbid_unknown_fields=True)
+    keys = {"rows": list[row], "data": list[listed], "ids": list[str | _Whole]}
+    fields = [(name, kind | msgspec.UnsetType, unset) for name, kind in keys.items()]
+    return msgspec.defstruct("Body", fields, forbid_unknown_fields=True)
 
 
 def _value_type(each: Input) -> Any:
@@ -277,29 +246,24 @@ def _value_type(each: Input) -> Any:
     return kind if each.required else kind | None
 
 
-def _as_names(each: Input, column: list[Any]) -> list[Any]:
-    """A column's values with its texts as the names of categories (a date's as they came), missing ones None."""
-    if each.type == "category" and each.values == "text":
-        return [None if value == "" else value for value in column] if "" in column else column
-    texts = [value for value in set(column) if type(value) is str]
-    if not texts:
-        return column
-    array = pa.array(texts, pa.string())
-    named = array if each.type == "date" else category_names(array, each.values)
-    nothing = missing_words(array)
-    names = {text: None if nothing[at] else named[at].as_py() for at, text in enumerate(texts)}
-    return [names[value] if type(value) is str else value for value in column]
-
-
 def _holds_misfits(each: Input, column: list[Any]) -> bool:
     """Whether a value of a named column is missing where it must not be, an infinite number, or no date."""
     if each.required and None in column:
         return True
-    return _holds_no_date(column) if each.type == "date" else _holds_infinity(each, column)
+    return holds_no_date(column) if each.type == "date" else holds_infinity(each, column)
 
 
-def _holds_infinity(each: Input, named: list[Any]) -> bool:
-    return each.values == "number" and ("inf" in named or "-inf" in named)
+def _holds_odd_float(column: list[Any]) -> bool:
+    return any(type(value) is float and not math.isfinite(value) for value in column)
+
+
+def _without_nan(row: Any) -> Any:
+    def filled(value: Any) -> Any:
+        return None if type(value) is float and math.isnan(value) else value
+
+    if type(row) is dict:
+        return {name: filled(value) for name, value in row.items()}
+    return [filled(value) for value in row] if type(row) is list else row
 
 
 def _text(value: Any) -> str | None:
@@ -307,45 +271,6 @@ def _text(value: Any) -> str | None:
     if value is None or type(value) is str:
         return value
     return canonical_text(pa.array([value]))[0].as_py()
-
-
-def _kinds(each: Input) -> tuple[type, ...]:
-    """Of the JSON scalars that an input takes, booleans apart."""
-    return {"number": (int, float), "category": (int, float, str), "date": (str,)}[each.type]
-
-
-def _misfits(each: Input, value: Any) -> bool:
-    """Whether a JSON value other than null is of a type that the input does not take, or no date for a date."""
-    kind = type(value)
-    if each.type == "date":
-        return kind is not str or _holds_no_date([value])
-    return kind in (dict, list) or (each.type == "number" and kind in (str, bool))
-
-
-def _expected(each: Input) -> str:
-    return {
-        "number": "a number",
-        "category": "text, a number or a boolean",
-        "date": "a date or time as text, such as 2013-01-01 or 2013-01-01T05:00:00Z",
-    }[each.type]
-
-
-def _holds_no_date(texts: list[str | None]) -> bool:
-    """Whether one of them is neither missing nor a date."""
-    column = pa.array(texts, pa.string())
-    return not bool((dates.parse(column)[1] | column.is_null().to_numpy(zero_copy_only=False)).all())
-
-
-def _named(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the text {_shown(value)}"
-    return _JSON_NAMES[type(value)]
-
-
-def _shown(text: str) -> str:
-    return repr(text[:40])
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from raylway.job.schema import Serve
 
 _READY_TIMEOUT_S = 60
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SETTINGS = {
     # The application has an event loop that it never blocks: a second thread with a loop of its own only costs.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -67,7 +68,7 @@ exec {binary} "$@"
 """
 
 
-def serve(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter) -> None:
+def serve(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None) -> None:
     """Serve a bundle until Ctrl-C or SIGTERM; requests that are being answered then still get their answers.
 
     Args:
@@ -76,35 +77,41 @@ def serve(bundle: Place, options: Serve, host: str, port: int, reporter: Reporte
         host: Address to listen on.
         port: HTTP port.
         reporter: Where progress goes.
+        keys: The file of the API keys; without it those of the environment, and without these everybody may ask.
 
     Raises:
-        UserError: The bundle is not whole, the port is taken, or the cluster can't be reached.
+        UserError: The bundle or the keys can't be read, the port is taken, or the cluster can't be reached.
         RunFailed: The model does not start.
     """
-    with served(bundle, options, host, port, reporter) as url:
-        reporter.note(f"try it:  {_curl(url)}")
+    with served(bundle, options, host, port, reporter, keys) as url:
+        reporter.note(f"try it:  {_curl(url, bundle, _needs_key(url))}")
         reporter.note("stop it: Ctrl-C")
         threading.Event().wait()
 
 
 @contextmanager
-def served(bundle: Place, options: Serve, host: str, port: int, reporter: Reporter) -> Iterator[str]:
+def served(
+    bundle: Place, options: Serve, host: str, port: int, reporter: Reporter, keys: Path | None = None
+) -> Iterator[str]:
     """Serve a bundle while the body runs; yields the address once it answers. As `serve`."""
     from raylway.bundle import contents
+    from serve_app import keys as api_keys
 
     record = contents.load(bundle).record
+    if api_keys.read(keys) is None and host not in _LOOPBACK:
+        reporter.note(f"there are no API keys: whoever reaches {host} may ask (--keys FILE)")
     if not os.environ.get("RAY_ADDRESS"):
         _require_free(host, port)
     with _proxy_settings(reporter), start.connect(reporter), ExitStack() as stack:
         with reporter.stage("serve") as stage:
-            url = stack.enter_context(deployed(bundle, record.name, options, {"host": host, "port": port}))
+            url = stack.enter_context(deployed(bundle, record.name, options, {"host": host, "port": port}, keys))
             shown = f"{record.name} {record.version} at {url} through {_proxy(url)}; {url}/docs shows how to ask"
             stage.finish(shown)
         yield url
 
 
 @contextmanager
-def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any]) -> Iterator[str]:
+def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any], keys: Path | None = None) -> Iterator[str]:
     """Run the application in the connected Ray while the body runs; yields its address once it answers.
 
     Args:
@@ -112,6 +119,7 @@ def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any]) -> 
         name: Of the application; one that runs under this name is replaced.
         options: Replicas and batch size.
         http: `host` and `port`, for a Serve that is not running yet.
+        keys: The file of the API keys.
 
     Raises:
         RunFailed: The model does not start.
@@ -127,6 +135,7 @@ def deployed(bundle: Place, name: str, options: Serve, http: dict[str, Any]) -> 
         "min_replicas": options.replicas.min,
         "max_replicas": options.replicas.max,
         "max_batch": options.max_batch,
+        **({"keys": str(keys)} if keys else {}),
     }
     try:
         try:
@@ -249,10 +258,19 @@ def _proxy(url: str) -> str:
         return "Ray's own proxy" if answer.headers.get("server") else "HAProxy"
 
 
-def _curl(url: str) -> str:
-    """A command that works as it stands: the first example of the bundle, as the served document has it."""
-    with urllib.request.urlopen(f"{url}/openapi.json") as answer:
-        document = json.load(answer)
-    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
-    body = shlex.quote(json.dumps(content["examples"]["rows"]["value"], ensure_ascii=False))
-    return f"curl {url}/predict -H 'Content-Type: application/json' -d {body}"
+def _needs_key(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/signature").close()
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    return False
+
+
+def _curl(url: str, bundle: Place, needs_key: bool) -> str:
+    """A command that works as it stands, or once `KEY` is one: it asks the first example of the bundle."""
+    from raylway.bundle import contents, examples
+
+    folder = bundle if isinstance(bundle, Path) else contents.load(bundle).folder
+    body = shlex.quote(json.dumps({"rows": examples.read(folder).rows[:1]}, ensure_ascii=False))
+    key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
+    return f"curl {url}/predict {key}-H 'Content-Type: application/json' -d {body}"

@@ -60,7 +60,7 @@ class Writer(Protocol):
     """Who appends many lines."""
 
     def write(self, line: bytes) -> None:
-        """Append a line. Raises RunFailed where earlier ones could not be sent."""
+        """Append a line."""
         ...
 
     @property
@@ -180,8 +180,7 @@ class _Segments:
         with self._of_lines:
             self._lines += line
         if time.monotonic() >= self._send_at and (self._sending is None or self._sending.done()):
-            if self._sending is not None:
-                self._sending.result()
+            # What can't be sent now is sent later; `sync` tells whoever needs to know.
             self._sending = self._sender.submit(self.sync)
             self._send_at = time.monotonic() + SEND_EVERY_S
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,13 +19,13 @@ from raylway.models import registry
 from raylway.runs import pace
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
-from raylway.train import checkpoint, optim, strategy
+from raylway.train import checkpoint, memory, optim, preemption, strategy
 from raylway.train.average import Average
 from raylway.train.checkpoint import State
 from raylway.train.clock import Clock
 from raylway.train.feed import balanced
 from raylway.train.feed.balanced import Balanced
-from raylway.train.feed.loader import Feed, Share
+from raylway.train.feed.loader import Feed, Microbatch, Share
 from raylway.train.feed.order import Order
 from raylway.train.guard import Guard
 from raylway.train.log import MetricsLog, NoLog
@@ -35,14 +35,24 @@ from raylway.train.precision import Precision
 from raylway.train.progress import Best, Progress
 from raylway.train.resizing import ResizeWord
 from raylway.train.saving import Checkpoints
-from raylway.train.step import Wish
+from raylway.train.step import Wish, row_losses
 from raylway.train.strategy import Groups
 from raylway.train.validate import Validation
 from raylway.train.worker import Assignment, Start
 
 
-def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> tuple[Training, Progress]:
+def training(
+    task: Assignment, job: Job, run: Run, groups: Groups, start: Start, alive: Callable[[], None]
+) -> tuple[Training, Progress]:
     """Model, data and settings in the state of the checkpoint that the start names. All ranks call it at once.
+
+    Args:
+        task: Of all ranks.
+        job: In the task.
+        run: In the task.
+        groups: All ranks.
+        start: What rank 0 has found out.
+        alive: Called before each forward pass.
 
     Raises:
         UserError: The model can't be built or trained.
@@ -51,7 +61,8 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
     # Rank 0 has just compared its contents (`worker`).
     found = checkpoint.opened(run.checkpoints / start.checkpoint, verify=False) if start.checkpoint else None
     state = found.state if found else None
-    plan = msgspec.structs.replace(_with_microbatch(task.plan, state), workers=groups.workers)
+    plan = msgspec.structs.replace(task.plan, workers=groups.workers)
+    plan = memory.with_microbatch(plan, start.chosen.microbatch)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(plan.cpus_per_worker)
     prepared = Prepared(storage.place(task.prepared))
@@ -59,24 +70,21 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
 
     module = seeded_model(job, prepared).to(device)
     precision = Precision(plan.precision, device, automatic=job.train.precision == "auto")
-    model = strategy.parallel(module, groups, plan, precision)
+    if start.chosen.search:
+        plan = _searched(job, plan, prepared, module, precision, groups)
+    model = strategy.parallel(module, groups, plan, precision, alive)
     optimizer = optim.optimizer(model.module, job.train.optimizer)
     average = Average(model.module, job.train.optimizer.ema)
     if found and state:
         checkpoint.restore(found, model, optimizer, average)
         precision.scaler.load_state_dict(state.scaler)
-    share = Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
-
-    validation = None
-    if plan.validate_every_steps is not None:
-        # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
-        weights = _weights(prepared) if job.train.balance != "none" else None
-        rows = prepared.rows("validation", verify=True)
-        order = Order([shard.rows for shard in prepared.shards("validation")], None)
-        validation = Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
     progress = _with_whole(run, state.progress) if state else Progress()
     log = _log(run, start, state) if groups.rank == 0 else NoLog()
+    is_auto = groups.rank == 0 and job.train.microbatch == "auto"
+    if is_auto and (text := memory.keep(run, start.attempt, task.plan.microbatch, plan)):
+        log.write("note", step=progress.step, text=text)
     checkpoints = Checkpoints(run, job.train.checkpoint.keep, start, groups, progress, log.sync)
+    share = _share(plan, groups)
     words = [StopWord(run.folder), *([ResizeWord(run.folder)] if plan.fewest_workers else [])]
     assembled = Training(
         job=job.train,
@@ -91,11 +99,11 @@ def training(task: Assignment, job: Job, run: Run, groups: Groups, start: Start)
         guard=Guard(job.train.optimizer.spike, plan, precision.may_skip),
         precision=precision,
         feed=_training_feed(job, plan, prepared, share.filled(plan.rows_train) if plan.compile else share, device),
-        validation=validation,
+        validation=_validation(job, plan, prepared, share, groups, device),
         checkpoints=checkpoints,
         log=log,
         clock=Clock(device),
-        wish=Wishes(plan, words, checkpoints) if groups.rank == 0 else _no_wish,
+        wish=Wishes(plan, words, checkpoints, groups.rank == 0),
         event=run.log if groups.rank == 0 else _no_event,
     )
     if plan.compile:
@@ -112,7 +120,9 @@ def _compile(assembled: Training, run: Run, step: int) -> None:
         assembled.log.write("note", step=step, text=text)
 
     began_at = time.monotonic()
-    compiled.warm_up(assembled.model, assembled.feed.filling(), tell)
+    filling = assembled.feed.filling()
+    with memory.passing(len(filling.target)):
+        compiled.warm_up(assembled.model, filling, tell)
     assembled.event("compiler done", elapsed_s=time.monotonic() - began_at)
 
 
@@ -127,12 +137,36 @@ def _log(run: Run, start: Start, state: State | None) -> MetricsLog:
     return log
 
 
-def _with_microbatch(plan: Plan, state: State | None) -> Plan:
-    """The plan with the microbatch that the run began with, so that the same sums are made; a pipeline needs its own,
-    because a smaller number of passes than stages does not work."""
-    if state is None or plan.division.kind == "pipeline":
-        return plan
-    return msgspec.structs.replace(plan, microbatch=state.microbatch)
+def _searched(
+    job: Job, plan: Plan, prepared: Prepared, module: nn.Module, precision: Precision, groups: Groups
+) -> Plan:
+    """The plan with the largest microbatch that fits on all ranks, up to the one it has."""
+    device = next(module.parameters()).device
+    task = prepared.manifest.transform.target.task
+
+    def step(rows: Microbatch) -> None:
+        with precision.autocast():
+            output = module(rows.numeric, rows.categorical)
+        (row_losses(task, output, rows.target) * rows.weight).sum().backward()
+
+    feed = _training_feed(job, plan, prepared, _share(plan, groups), device)
+    return memory.with_microbatch(plan, memory.agreed(module, plan.microbatch, feed.sample, step, groups))
+
+
+def _share(plan: Plan, groups: Groups) -> Share:
+    return Share(groups.data_rank, plan.data_ranks, plan.global_batch, plan.microbatch)
+
+
+def _validation(
+    job: Job, plan: Plan, prepared: Prepared, share: Share, groups: Groups, device: torch.device
+) -> Validation | None:
+    if plan.validate_every_steps is None:
+        return None
+    # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
+    weights = _weights(prepared) if job.train.balance != "none" else None
+    target, rows = prepared.manifest.transform.target, prepared.rows("validation", verify=True)
+    order = Order([shard.rows for shard in prepared.shards("validation")], None)
+    return Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
 
 
 def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:
@@ -142,7 +176,8 @@ def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, devic
         order = Balanced(rows.targets(), len(target.classes), job.seed)
     else:
         order = Order([shard.rows for shard in prepared.shards("train")], job.seed, plan.lanes)
-    return Feed(rows, order, share, target, device, _weights(prepared) if job.train.balance == "weights" else None)
+    weights = _weights(prepared) if job.train.balance == "weights" else None
+    return Feed(rows, order, share, target, device, weights)
 
 
 def _weights(prepared: Prepared) -> np.ndarray:
@@ -164,23 +199,26 @@ def seeded_model(job: Job, prepared: Prepared) -> nn.Module:
 
 
 class Wishes:
-    """When rank 0 would like a checkpoint, has one written, and whether it was told to stop.
+    """When a rank would like a checkpoint, has one written, and whether it was told to stop.
 
     Args:
         plan: How often.
         words: Each of them is the word to stop.
         checkpoints: Of this attempt.
+        is_first: Rank 0 looks for all of this; every rank hears of the end of its own node.
     """
 
-    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints) -> None:
-        self._plan, self._words, self._checkpoints = plan, words, checkpoints
+    def __init__(self, plan: Plan, words: Sequence[StopWord], checkpoints: Checkpoints, is_first: bool) -> None:
+        self._plan, self._words, self._checkpoints, self._is_first = plan, words, checkpoints, is_first
         self._due_at = time.monotonic() + (plan.checkpoint_every_s or 0.0)
 
     def __call__(self, progress: Progress) -> Wish:
         """For the step after `progress`."""
+        if not self._is_first:
+            return Wish(stop=preemption.is_near())
         return Wish(
             save=self._save_is_due(progress.step + 1),
-            stop=any(word.is_given() for word in self._words),
+            stop=any(word.is_given() for word in self._words) or preemption.is_near(),
             settle=self._checkpoints.has_ended,
         )
 
@@ -192,10 +230,6 @@ class Wishes:
         if due:
             self._due_at = time.monotonic() + self._plan.checkpoint_every_s
         return due
-
-
-def _no_wish(progress: Progress) -> Wish:
-    return Wish()
 
 
 def _no_event(event: str, **details: Any) -> None:

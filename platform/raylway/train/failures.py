@@ -3,6 +3,11 @@
 A mistake in the job or in the user's own model is returned by the worker as a value: raised, it would make Ray Train
 start the group again, and again. A fault of a machine is raised, so that Ray Train does start again. The record lets
 the peers of a failed rank, who only see their connection break, tell the two apart.
+
+    user, run          end the run
+    fault, hang, lost  start again; without progress `MOST_STARTS` times. `hang` is written by a rank's watchdog, `lost`
+                       by Ray Train's controller, which sees how a process ended that could not say it itself
+    memory, preempted  start again, with a smaller microbatch or on another node; they don't count as failures
 """
 
 from __future__ import annotations
@@ -27,7 +32,12 @@ MOST_STARTS = 3
 number of workers has tries of its own: machines that come and go are no failure."""
 _LOOK_FOR_S = 1.0
 """How long a rank that lost its peers looks for their record. It is written before the connection breaks."""
-_STARTED, _FAILED = "attempt started", "attempt failed"
+_OUT_OF_MEMORY = ("low on memory", "memory pressure", "(OOM)", "out-of-memory")
+"""In what Ray says about processes that it, or the kernel, has killed."""
+_STARTED, _FAILED, _PREEMPTED = "attempt started", "attempt failed", "attempt preempted"
+_EXCUSED = ("memory", "preempted")
+_TELLING = ("hang", "lost", "fault")
+"""Whose word is the cause, where an attempt has several: a peer of what hung or died knows of a broken connection."""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -45,10 +55,17 @@ class Failure(msgspec.Struct, frozen=True):
 
     attempt: int
     rank: int
-    kind: Literal["user", "run", "fault"]
-    """The user's mistake (exit code 2), a run that can't go on (1), or a fault after which to try again."""
+    """-1: Ray Train's controller."""
+    kind: Literal["user", "run", "fault", "hang", "lost", "memory", "preempted"]
+    """The user's mistake (exit code 2), a run that can't go on (1), or one of those after which to start again."""
     text: list[str]
     """The arguments of the `UserError`, or the one of the `RunFailed`."""
+    microbatch: int = 0
+    """With `memory`: the one that did not fit."""
+
+    @property
+    def ends_run(self) -> bool:
+        return self.kind in ("user", "run")
 
     def as_error(self) -> UserError | RunFailed:
         return UserError(*self.text) if self.kind == "user" else RunFailed(*self.text)
@@ -68,14 +85,14 @@ def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int
     Raises:
         RunFailed: This launch has started often enough from this step with as many workers; carries the last cause.
     """
+    excused = {found.attempt for found in recorded(run) if found.kind in _EXCUSED}
+    counted = [start for start in starts(run) if start.attempt not in excused]
     wanted = (launch, from_step, workers)
-    same = [start for start in starts(run) if (start.launch, start.from_step, start.workers) == wanted]
+    same = [start for start in counted if (start.launch, start.from_step, start.workers) == wanted]
     if len(same) >= MOST_STARTS:
-        causes = [found.text[-1] for found in _events(run, _FAILED, Failure) if found.attempt == same[-1].attempt]
-        cause = causes[0] if causes else "a worker's process ended without a word: killed, or out of memory"
         raise RunFailed(
             f"training started {MOST_STARTS} times from step {from_step} and never reached the next checkpoint; "
-            f"the last cause: {cause}"
+            f"the last cause: {_cause(run, same[-1].attempt)}"
         )
     attempt = 1 + max(used, latest(run))
     run.log(_STARTED, **msgspec.structs.asdict(Attempt(attempt, launch, from_step, workers)))
@@ -89,7 +106,7 @@ def attempts(run: Run) -> int:
 
 def starts(run: Run) -> list[Attempt]:
     """Each of them, oldest first."""
-    return list(_events(run, _STARTED, Attempt))
+    return list(events_of(run, _STARTED, Attempt))
 
 
 def latest(run: Run) -> int:
@@ -98,20 +115,49 @@ def latest(run: Run) -> int:
 
 
 def record(run: Run, failure: Failure) -> None:
-    """As far as it goes: a full disk must not hide the cause of the failure."""
-    with suppress(OSError):
-        run.log(_FAILED, **msgspec.structs.asdict(failure))
+    """As far as it goes: a storage that can't be written must not hide the cause of the failure."""
+    with suppress(OSError, UserError, RunFailed):
+        run.log(_PREEMPTED if failure.kind == "preempted" else _FAILED, **msgspec.structs.asdict(failure))
+
+
+def recorded(run: Run) -> list[Failure]:
+    """Over all launches, oldest first, those of preempted attempts last."""
+    return [*events_of(run, _FAILED, Failure), *events_of(run, _PREEMPTED, Failure)]
 
 
 def of_a_peer(run: Run, attempt: int) -> Failure | None:
     """What another rank recorded about this attempt, if it is no mere fault; waits a moment for it to appear."""
     deadline = time.monotonic() + _LOOK_FOR_S
     while time.monotonic() < deadline:
-        for found in _events(run, _FAILED, Failure):
+        for found in recorded(run):
             if found.attempt == attempt and found.kind != "fault":
                 return found
         time.sleep(_LOOK_FOR_S / 20)
     return None
+
+
+def _cause(run: Run, attempt: int) -> str:
+    """Of an attempt's end."""
+    found = [failure for failure in recorded(run) if failure.attempt == attempt and failure.kind in _TELLING]
+    if not found:
+        return "a worker's process ended without a word"
+    return min(found, key=lambda failure: _TELLING.index(failure.kind)).text[-1]
+
+
+def of_a_process(error: Exception) -> str:
+    """How Ray says that a process ended, in fewer words."""
+    text = str(error)
+    if any(words in text for words in _OUT_OF_MEMORY):
+        return (
+            "killed, because the machine ran out of memory. Lower train.microbatch (the gradient stays the same) or "
+            "the workers on a machine (more train.resources.cpus for each), or use machines with more memory"
+        )
+    if "worker process has died" in text:
+        return (
+            "its process ended without a word: it crashed, or was killed, perhaps by the kernel for its memory (dmesg)"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the process is gone: {' '.join(lines[-1:]) or type(error).__name__}"
 
 
 def blame(error: Exception, attempt: int, rank: int, user_folders: list[str]) -> Failure:
@@ -136,13 +182,6 @@ def blame(error: Exception, attempt: int, rank: int, user_folders: list[str]) ->
 
 def users_mistake(error: Exception, user_folders: list[str]) -> UserError | None:
     """An exception that passed through the user's own module, as an error that shows the user's frame only."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return UserError(
-            "the GPU's memory is not enough for one microbatch",
-            where="train.microbatch",
-            found=str(error).splitlines()[0],
-            fix="lower train.microbatch: the global batch and its gradient stay the same",
-        )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename, user_folders)]
     if not frames:
         return None
@@ -163,8 +202,8 @@ def _is_users(filename: str, user_folders: list[str]) -> bool:
     return inside and not any(path.is_relative_to(folder) for folder in others)
 
 
-def _events(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
-    """Records of one kind, oldest first; a line that a power cut left in half is none."""
+def events_of(run: Run, event: str, kind: type[Any]) -> Iterator[Any]:
+    """A run's records of one event, oldest first; a line that a power cut left in half is none."""
     for line in journal.read(run.events).splitlines():
         try:
             found = msgspec.json.decode(line)

@@ -8,10 +8,12 @@ written here goes on to where people watch (`sinks`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
 
+from raylway.errors import RunFailed, UserError
 from raylway.runs import journal, pace, starts
 from raylway.runs.pace import Line, Tally
 from raylway.runs.run import Run
@@ -76,8 +78,9 @@ class MetricsLog:
         return self._lines.size
 
     def close(self) -> None:
-        """After the last line."""
-        self._lines.close()
+        """After the last line: what came behind the last checkpoint is kept as far as that goes."""
+        with suppress(OSError, UserError, RunFailed):
+            self._lines.close()
 
     def sync(self) -> None:
         """Return when what was written is where it should be. Called from the thread that writes checkpoints."""

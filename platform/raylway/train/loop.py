@@ -221,7 +221,6 @@ def _settled(run: Training, progress: Progress) -> Progress:
         run.log.write("note", step=progress.step, text=text)
     if not ended.error:
         return progress
-    run.event("checkpoint failed", checkpoint=ended.name, reason=ended.error)
     left = f"the last whole one is {run.checkpoints.written}" if run.checkpoints.written else "there is none before it"
     text = f"the checkpoint of step {ended.step:,} can't be written: {ended.error}; {left}"
     if ended.in_a_row > 1:

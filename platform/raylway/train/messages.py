@@ -1,7 +1,7 @@
 """Short messages between the ranks of a run, as bytes: torch's own object collectives unpickle what they receive.
 
 All ranks of the group call a function at once. It waits for the slowest rank, and for a missing one until the group's
-timeout (`strategy.TIMEOUT_S`); then, or as soon as a rank's connection breaks, it raises a RuntimeError on every rank
+timeout (`strategy.Groups`); then, or as soon as a rank's connection breaks, it raises a RuntimeError on every rank
 that waits, and Ray Train starts the group again. The group must be one of gloo, whose tensors are on the CPU.
 
 `worker` asks rank 0 where to begin; `checkpoint` collects what each rank has written.

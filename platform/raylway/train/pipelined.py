@@ -7,7 +7,7 @@ more activations than there are stages. Both compute the same sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,12 @@ _SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
 def pipelined(
-    module: nn.Module, shapes: dict[str, torch.Size], groups: Groups, plan: Plan, precision: Precision
+    module: nn.Module,
+    shapes: dict[str, torch.Size],
+    groups: Groups,
+    plan: Plan,
+    precision: Precision,
+    alive: Callable[[], None],
 ) -> Parallel:
     """This rank's stage of a model; the layers are divided evenly by their number.
 
@@ -38,14 +43,15 @@ def pipelined(
         groups: This run's.
         plan: Schedule, and rows and number of microbatches.
         precision: For the forward passes.
+        alive: Called before each of them.
     """
     assert isinstance(module, Mlp)
     count = sum(isinstance(layer, nn.Linear) for layer in module.layers)
     stage = Stage(module, *share(count, groups.part, groups.division.parts))
     passes = num_microbatches(plan.global_batch, plan.data_ranks, plan.microbatch)
     rows = -(-plan.global_batch // plan.data_ranks)
-    flow = _Flow(stage, groups, precision, passes, -(-rows // passes))
-    return Pipelined(stage, stage, shapes, groups, precision, flow=flow)
+    flow = _Flow(stage, groups, _Passed(stage, precision, alive), passes, -(-rows // passes))
+    return Pipelined(stage, stage, shapes, groups, precision, alive, flow=flow)
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,13 @@ class _Flow:
     Args:
         stage: This rank's.
         groups: This run's.
-        precision: For the forward passes.
+        passed: The stage, for the forward passes.
         passes: Microbatches in a step.
         rows: In a microbatch.
     """
 
-    def __init__(self, stage: Stage, groups: Groups, precision: Precision, passes: int, rows: int) -> None:
-        self._stage, self._groups, self._precision = stage, groups, precision
+    def __init__(self, stage: Stage, groups: Groups, passed: _Passed, passes: int, rows: int) -> None:
+        self._stage, self._groups, self._passed = stage, groups, passed
         self._passes, self._rows = passes, rows
         self._schedule: Any = None
         self._loss: Loss | None = None
@@ -109,8 +115,7 @@ class _Flow:
         if not self._is_first:
             inputs = (rows.numeric.new_empty(len(rows.target), self._stage.width_in, dtype=self._stage.dtype),)
             dist.recv(inputs[0], group=parts, group_src=part - 1)
-        with self._precision.autocast():
-            output: torch.Tensor = self._stage(*inputs)
+        output: torch.Tensor = self._passed(*inputs)
         if self._is_last:
             return output
         dist.send(output, group=parts, group_dst=part + 1)
@@ -136,7 +141,7 @@ class _Flow:
             return torch.empty(self._rows, width, dtype=dtype, device=device, requires_grad=True)
 
         stage = PipelineStage(
-            _Autocast(self._stage, self._precision),
+            self._passed,
             self._groups.part,
             self._groups.division.parts,
             device,
@@ -157,14 +162,15 @@ class _Flow:
         return self._loss(output[: len(rows.target)], rows)
 
 
-class _Autocast(nn.Module):
+class _Passed(nn.Module):
     """A stage with the number format of its forward pass only: a schedule makes backward passes in between."""
 
-    def __init__(self, stage: Stage, precision: Precision) -> None:
+    def __init__(self, stage: Stage, precision: Precision, alive: Callable[[], None]) -> None:
         super().__init__()
-        self._stage, self._precision = stage, precision
+        self._stage, self._precision, self._alive = stage, precision, alive
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self._alive()
         with self._precision.autocast():
             output: torch.Tensor = self._stage(*inputs)
         return output

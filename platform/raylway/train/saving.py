@@ -252,9 +252,12 @@ class Checkpoints:
                 f"training stopped after step {flight.state.progress.step}: {bad} is not finite, so the next loss "
                 f"would be nan; no checkpoint was written. Lower train.optimizer.lr, set train.clip, or add a warm-up"
             )
-        if rank == 0 and not error:
+        if rank == 0:
             with suppress(*_REFUSALS):  # what is left goes the next time
-                self._tidy(flight.state.progress)
+                if error:
+                    self._run.log("checkpoint failed", checkpoint=flight.name, reason=error)
+                else:
+                    self._tidy(flight.state.progress)
         return error
 
     def _write_mine(self, final: storage.Place, parts: dict[str, Part]) -> _Message:

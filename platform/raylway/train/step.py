@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from raylway.features.signature import Task
 from raylway.train.clock import Clock, Own
 from raylway.train.feed.loader import Batch, Microbatch
+from raylway.train.memory import passing
 from raylway.train.strategy import Groups, Parallel
 
 
@@ -83,6 +84,9 @@ def forward_backward(model: Parallel, batch: Batch, task: Task, clock: Clock) ->
 
     Returns:
         float64 scalar on the model's device; of ranks that share their rows one has the sum, the others 0.
+
+    Raises:
+        PassTooLarge: Memory did not hold a microbatch.
     """
     total = torch.zeros((), dtype=torch.float64, device=batch.microbatches[0].target.device)
 
@@ -94,7 +98,8 @@ def forward_backward(model: Parallel, batch: Batch, task: Task, clock: Clock) ->
             clock.worked()
         return model.precision.scaler.scale(losses * (model.mean_over / batch.num_rows))
 
-    model.accumulate(batch.microbatches, loss)
+    with passing(max(len(rows.target) for rows in batch.microbatches)):
+        model.accumulate(batch.microbatches, loss)
     return total
 
 

@@ -20,8 +20,8 @@ from raylway.train.feed.loader import Microbatch
 from raylway.train.plan import Plan
 from raylway.train.precision import Precision
 
-TIMEOUT_S = 300
-"""A rank that waits longer than this for its peers gives up; the worker group then starts again."""
+TIMEOUT_OVER_LIMIT = 1.25
+"""A rank that waits so many times the watchdog's limit for its peers gives up; the worker group then starts again."""
 
 Loss = Callable[[torch.Tensor, Microbatch], torch.Tensor]
 """From the output for a microbatch and the microbatch to the scalar whose gradient is wanted."""
@@ -48,9 +48,9 @@ class Groups:
     """The ranks that hold the same part of other copies; None where there is one copy only, or no parts."""
 
     @classmethod
-    def create(cls, division: Division) -> Groups:
+    def create(cls, division: Division, hang_limit_s: float) -> Groups:
         """Called by all ranks at once, after `init_process_group`."""
-        timeout = datetime.timedelta(seconds=TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=TIMEOUT_OVER_LIMIT * hang_limit_s)
         rank, workers, count = dist.get_rank(), dist.get_world_size(), division.parts
         step, save = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout, backend="gloo")
         parts = copies = None
@@ -95,6 +95,8 @@ class Parallel:
     """Of the whole model's parameters and buffers."""
     groups: Groups
     precision: Precision
+    alive: Callable[[], None]
+    """Called before each forward pass; of the watchdog."""
     mean_over: int = 1
     """The exchange of gradients divides by this."""
 
@@ -106,6 +108,7 @@ class Parallel:
             loss: Called once for each microbatch, on the ranks that have the model's output.
         """
         for index, rows in enumerate(microbatches):
+            self.alive()
             with self.sync(index == len(microbatches) - 1):
                 with self.precision.autocast():
                     output = self.forward(rows.numeric, rows.categorical)
@@ -136,6 +139,7 @@ class Parallel:
 
     def output(self, rows: Microbatch) -> torch.Tensor | None:
         """The output without gradients; None on ranks whose peer has it. The peers of one copy call it at once."""
+        self.alive()
         # The plain module: DDP's forward talks to the other copies, which may have fewer passes to make.
         with self.precision.autocast():
             output = self.module(rows.numeric, rows.categorical)
@@ -169,7 +173,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def parallel(module: nn.Module, groups: Groups, plan: Plan, precision: Precision) -> Parallel:
+def parallel(
+    module: nn.Module, groups: Groups, plan: Plan, precision: Precision, alive: Callable[[], None]
+) -> Parallel:
     """Wrap a model for training by all ranks; they call it at once, each with the same whole model.
 
     Args:
@@ -177,25 +183,26 @@ def parallel(module: nn.Module, groups: Groups, plan: Plan, precision: Precision
         groups: This run's.
         plan: Its division says how.
         precision: For the forward passes.
+        alive: Called before each of them.
     """
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     match groups.division.kind:
         case "pipeline":
             from raylway.train.pipelined import pipelined
 
-            return pipelined(module, shapes, groups, plan, precision)
+            return pipelined(module, shapes, groups, plan, precision, alive)
         case "shard" | "tensor" as kind:
             from raylway.train import split
 
             (split.shard if kind == "shard" else split.tensor)(module, groups)
-            return Parallel(module, module, shapes, groups, precision)
+            return Parallel(module, module, shapes, groups, precision, alive)
     forward = _compiled(module) if plan.compile else module
     if groups.workers == 1:
-        return Parallel(module, forward, shapes, groups, precision)
+        return Parallel(module, forward, shapes, groups, precision, alive)
     # `find_unused_parameters` also keeps DDP from laying out its buckets anew after the first step. Their layout
     # decides the order in which three or more ranks add, so a resumed run would otherwise differ in its last bits.
     wrapped = nn.parallel.DistributedDataParallel(forward, process_group=groups.step, find_unused_parameters=True)
-    return Parallel(module, wrapped, shapes, groups, precision, mean_over=groups.workers)
+    return Parallel(module, wrapped, shapes, groups, precision, alive, mean_over=groups.workers)
 
 
 def _compiled(module: nn.Module) -> nn.Module:

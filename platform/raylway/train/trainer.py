@@ -6,6 +6,7 @@ Ray Train restarts the group after a fault of a machine; all else about checkpoi
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -23,7 +24,8 @@ from raylway.runs import starts
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
 from raylway.runs.stop import StopWord
-from raylway.train import failures, resizing, worker
+from raylway.train import failures, memory, resizing, watchdog, worker
+from raylway.train.failures import Failure
 from raylway.train.feed import balanced
 from raylway.train.follow import Follower
 from raylway.train.plan import Plan, plan
@@ -80,6 +82,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         UserError: The job asks for what can't be, or the user's own model raised something.
         RunFailed: The loss is not finite, or the workers failed again and again.
         KeyboardInterrupt: After the checkpoint of the step at hand was written.
+        SystemExit: Likewise, on SIGTERM.
     """
     started_at = time.monotonic()
     with reporter.stage("train") as stage, located(loaded):
@@ -88,7 +91,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         balance = _balanced(loaded, run, prepared)
         reporter.note("; ".join(filter(None, [_sentence(planned), balance, _beginning(run)])))
         assigned = worker.assignment(
-            loaded.job, planned, run, prepared, loaded.import_paths, launch=secrets.token_hex(6)
+            loaded.job, planned, run, prepared, loaded.import_paths, secrets.token_hex(6), watchdog.limit_s()
         )
         report = _run(assigned, planned, run, stage, reporter)
         if report.failure is not None:
@@ -104,7 +107,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
             stopped_early=report.stopped_early,
             attempts=failures.attempts(run),
             elapsed_s=time.monotonic() - started_at,
-            plan=planned,
+            plan=memory.with_microbatch(planned, report.microbatch),
             rolled_back="; ".join(report.rolled_back) or None,
             balance=balance,
             resized="; ".join(resizing.history(run)) or None,
@@ -149,14 +152,15 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
     except UserError:
         raise
     except Exception as error:
-        mistake = failures.users_mistake(error, loaded.import_paths)
+        error = memory.as_users(error)
+        mistake = error if isinstance(error, UserError) else failures.users_mistake(error, loaded.import_paths)
         if mistake is None:
             raise
         raise mistake from None
 
 
 def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
-    """Run the workers in a thread, so that this one can show progress and hear Ctrl-C."""
+    """Run the workers in a thread, so that this one can show progress and hear Ctrl-C and SIGTERM."""
     stop = StopWord(run.folder)
     stop.take_back()
     fitting = _Fit(assigned, planned, run)
@@ -165,12 +169,14 @@ def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, report
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
             follower.look()
-    except KeyboardInterrupt:
-        reporter.note("stopping: a checkpoint is written first; Ctrl-C again stops at once")
+    except (KeyboardInterrupt, SystemExit) as signal:
+        word = "Ctrl-C" if isinstance(signal, KeyboardInterrupt) else "SIGTERM"
+        reporter.note(f"stopping: a checkpoint is written first; {word} again stops at once")
         stop.give()
         fitting.ended.wait(_STOP_WITHIN_S)
         raise
     finally:
+        fitting.is_left.set()
         with suppress(RunFailed):  # a bucket that is out of reach; a start takes it back too
             stop.take_back()
     return fitting.report()
@@ -184,24 +190,40 @@ class _Fit(threading.Thread):
         self._assigned, self._planned = assigned, planned
         self._run = run
         self._value: Any = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self.is_left = threading.Event()
+        """The command ends, and Ray with it: no more starts."""
         self.ended = threading.Event()
         """To wait for instead of `join`: a join that Ctrl-C breaks off takes the thread for ended (Python 3.11)."""
 
     def run(self) -> None:
         try:
-            # Ray Train's own folder; nothing of value is ever in it.
-            with storage.scratch(self._run.folder, "ray-train") as scratch:
-                self._value = self._fit(scratch)
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            while self._value is None:
+                self._value = self._fit_once()
+        except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         finally:
             self.ended.set()
 
     def report(self) -> worker.Report:
         if self._error is not None:
-            raise RunFailed(f"Ray Train ended the run: {self._error}") from self._error
+            raise RunFailed(f"Ray Train ended the run: {failures.of_a_process(self._error)}") from self._error
         return msgspec.convert(self._value, worker.Report)
+
+    def _fit_once(self) -> Any:
+        """What the workers return; None if Ray Train's own processes were lost, and all is to be started again."""
+        before = failures.latest(self._run)
+        try:
+            # Ray Train's own folder; nothing of value is ever in it.
+            with storage.scratch(self._run.folder, "ray-train") as scratch:
+                return self._fit(scratch)
+        except Exception as error:
+            attempt = failures.latest(self._run)
+            # Each start is counted, and refused if there are too many without progress; without one nothing is.
+            if attempt == before or self.is_left.is_set():
+                raise
+            failures.record(self._run, Failure(attempt, -1, "lost", [failures.of_a_process(error)]))
+            return None
 
     def _fit(self, scratch: Path) -> Any:
         # By its own place: to mypy `ray.train` shows the classes of the version before.
@@ -210,7 +232,8 @@ class _Fit(threading.Thread):
         from raylway.train import elastic
         from raylway.train.group import Group
         from raylway.train.milestones import Milestones
-        from raylway.train.strategy import TIMEOUT_S
+        from raylway.train.strategy import TIMEOUT_OVER_LIMIT
+        from raylway.train.witness import Witness
 
         planned = self._planned
         trainer = elastic.Trainer(
@@ -220,7 +243,7 @@ class _Fit(threading.Thread):
             backend_config=Group(
                 # A torch without NCCL refuses to hear of it.
                 backend="cpu:gloo,cuda:nccl" if planned.gpus_per_worker else "gloo",
-                timeout_s=TIMEOUT_S,
+                timeout_s=math.ceil(TIMEOUT_OVER_LIMIT * self._assigned["hang_limit_s"]),
             ),
             scaling_config=elastic.scaling(planned),
             run_config=RunConfig(
@@ -228,7 +251,10 @@ class _Fit(threading.Thread):
                 storage_path=str(scratch),
                 # Without end here: `failures.begin` ends a run that makes no progress, and knows why.
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[Milestones(str(self._run.folder))],  # type: ignore[list-item]  # it takes internal ones too
+                callbacks=[
+                    Witness(str(self._run.folder)),
+                    Milestones(str(self._run.folder)),  # type: ignore[list-item]  # it takes internal ones too
+                ],
                 # Else DDP's advice about find_unused_parameters, which is set for another reason, at each start.
                 worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR"}},
             ),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from raylway.features.learnt import Target
 from raylway.train.feed.loader import Feed
+from raylway.train.memory import passing
 from raylway.train.progress import Best
 from raylway.train.step import row_losses
 from raylway.train.strategy import Groups, Parallel, evaluating
@@ -45,9 +46,12 @@ class Validation:
         Returns:
             `val_loss`, weighed by class as the feed says (what training minimises under `train.balance`), and
             `val_accuracy` or `val_rmse` (in the target's own unit), in which each row counts once.
+
+        Raises:
+            PassTooLarge: Memory did not hold a microbatch.
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)
-        with evaluating(model.module):
+        with passing(self._feed.most_rows), evaluating(model.module):
             for rows in self._feed.epoch():
                 output = model.output(rows)
                 if output is None or rows.stands_in:

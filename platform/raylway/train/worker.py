@@ -16,9 +16,11 @@ from raylway.features.prepared import Prepared
 from raylway.job.schema import Job
 from raylway.runs import starts
 from raylway.runs.run import Run
-from raylway.train import failures, resizing
+from raylway.train import failures, memory, preemption, resizing
 from raylway.train.failures import Failure
+from raylway.train.memory import Chosen, PassTooLarge
 from raylway.train.plan import Plan
+from raylway.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from raylway.train.strategy import Groups
@@ -34,12 +36,15 @@ class Assignment(msgspec.Struct, frozen=True):
     prepared: str
     import_paths: list[str]
     launch: str
+    hang_limit_s: float
+    """Of the watchdog."""
 
 
 class Report(msgspec.Struct, frozen=True):
     """What a worker gives back, as plain values: a failure, or where training ended."""
 
     failure: Failure | None = None
+    microbatch: int = 0
     step: int = 0
     updates: int = 0
     skipped: int = 0
@@ -58,6 +63,7 @@ class Start(msgspec.Struct, frozen=True):
     checkpoint: str
     """The folder to go on from; empty for none."""
     broken: list[str]
+    chosen: Chosen
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -68,11 +74,13 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 def assignment(
-    job: Job, plan: Plan, run: Run, prepared: Prepared, import_paths: list[str], launch: str
+    job: Job, plan: Plan, run: Run, prepared: Prepared, import_paths: list[str], launch: str, hang_limit_s: float
 ) -> dict[str, Any]:
     """The argument of `work`."""
     text = job.model_dump_json(by_alias=True, exclude_unset=True)
-    return msgspec.to_builtins(Assignment(text, plan, str(run.folder), str(prepared.folder), import_paths, launch))
+    return msgspec.to_builtins(
+        Assignment(text, plan, str(run.folder), str(prepared.folder), import_paths, launch, hang_limit_s)
+    )
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +103,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             sys.path.insert(0, folder)
     from raylway.train.strategy import Groups
 
-    groups, run, job = (
-        Groups.create(task.plan.division),
-        Run(storage.place(task.run)),
-        Job.model_validate_json(task.job),
-    )
-    start = _start(task, run, groups)
+    groups = Groups.create(task.plan.division, task.hang_limit_s)
+    run, job = Run(storage.place(task.run)), Job.model_validate_json(task.job)
+    start = _start(task, job, run, groups)
     if isinstance(start, Failure):
         return msgspec.to_builtins(Report(failure=start))
     try:
@@ -109,22 +114,29 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         _leave(error)
         raise
     except Exception as error:
-        users_folders = task.import_paths if job.model.kind != "mlp" else []
-        failure = failures.blame(error, start.attempt, groups.rank, users_folders)
-        if failure.kind == "fault":
-            found = failures.of_a_peer(run, start.attempt)
-            if found is None:
-                failures.record(run, failure)
-                _leave(error)
-                raise
-            failure = found
-        else:
-            failures.record(run, failure)
+        failure = _failure(error, task, job, run, start, groups.rank)
         _leave(error)
-        return msgspec.to_builtins(Report(failure=failure))
+        if failure.ends_run:
+            return msgspec.to_builtins(Report(failure=failure))
+        raise
 
 
-def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
+def _failure(error: Exception, task: Assignment, job: Job, run: Run, start: Start, rank: int) -> Failure:
+    """Whose it is, recorded; of one that only followed from a peer's, the peer's."""
+    if isinstance(error, PassTooLarge) and job.train.microbatch == "auto" and error.rows > 1:
+        failure = Failure(start.attempt, rank, "memory", [f"rank {rank}: {error}"], error.rows)
+    elif isinstance(error, preemption.Preempted):
+        failure = Failure(start.attempt, rank, "preempted", [str(error)])
+    else:
+        users_folders = task.import_paths if job.model.kind != "mlp" else []
+        failure = failures.blame(memory.as_users(error), start.attempt, rank, users_folders)
+    if failure.kind == "fault" and (of_peer := failures.of_a_peer(run, start.attempt)) is not None:
+        return of_peer
+    failures.record(run, failure)
+    return failure
+
+
+def _start(task: Assignment, job: Job, run: Run, groups: Groups) -> Start | Failure:
     """Rank 0 looks and decides; all ranks get its answer, and wait for it."""
     from raylway.train import checkpoint, messages
 
@@ -138,7 +150,8 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
         try:
             used = checkpoint.last_attempt(run.checkpoints)
             attempt = failures.begin(run, task.launch, from_step, groups.workers, used)
-            answer = _Answer(start=Start(attempt, found.folder.name if found else "", list(broken)))
+            chosen = memory.first(job, task.plan, run, found.state.microbatch if found else None)
+            answer = _Answer(start=Start(attempt, found.folder.name if found else "", list(broken), chosen))
         except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer, whatever it is
             answer = _Answer(failure=failures.blame(error, 0, 0, []))
     heard = msgspec.json.decode(messages.from_rank_0(msgspec.json.encode(answer), groups.save), type=_Answer)
@@ -150,17 +163,24 @@ def _start(task: Assignment, run: Run, groups: Groups) -> Start | Failure:
 def _train(task: Assignment, job: Job, run: Run, groups: Groups, start: Start) -> Report:
     from raylway.train import assemble, loop
 
-    training, progress = assemble.training(task, job, run, groups, start)
-    training.event(starts.ASSEMBLED)
-    is_elastic = task.plan.fewest_workers is not None
-    if is_elastic and groups.rank == 0:
-        training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
-    with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
-        progress = loop.train(training, progress)
-    if is_elastic and progress.step < task.plan.total_steps and not progress.stopped_early:
-        resizing.leave(groups, run)
+    def tell(words: str) -> None:
+        failures.record(run, Failure(start.attempt, groups.rank, "hang", [f"rank {groups.rank} {words}"]))
+
+    with Watchdog(task.hang_limit_s, tell) as watchdog:
+        training, progress = assemble.training(task, job, run, groups, start, watchdog.alive)
+        training.event(starts.ASSEMBLED)
+        is_elastic = task.plan.fewest_workers is not None
+        if is_elastic and groups.rank == 0:
+            training.log.write("note", step=progress.step, text=resizing.beginning(run, task.plan))
+        with contextlib.closing(training.log), contextlib.closing(training.checkpoints):
+            progress = loop.train(training, progress)
+    if progress.step < task.plan.total_steps and not progress.stopped_early:
+        preemption.leave(groups, run)
+        if is_elastic:
+            resizing.leave(groups, run)
     last = training.checkpoints.written
     return Report(
+        microbatch=training.plan.microbatch,
         step=progress.step,
         updates=progress.updates,
         skipped=progress.skipped,

@@ -102,6 +102,11 @@ class Feed:
         self._scout = ThreadPoolExecutor(1, thread_name_prefix="scout")
         self._scouted: dict[int, Window] = {}
 
+    @property
+    def most_rows(self) -> int:
+        """In one microbatch."""
+        return self._share.microbatch
+
     def step(self, step: int) -> Batch:
         """This rank's microbatches of a global step, and a start on the steps after it."""
         for number in range(step, step + 1 + _AHEAD):
@@ -112,6 +117,10 @@ class Feed:
     def filling(self) -> Microbatch:
         """One that counts nothing."""
         return self._tensors(np.zeros(0, np.int64))[0]
+
+    def sample(self, count: int) -> Microbatch:
+        """So many rows of the split, the first ones; over again where there are fewer."""
+        return self._tensors(np.arange(count) % self._order.num_rows)[0]
 
     def epoch(self) -> Iterator[Microbatch]:
         """This rank's share of all rows once, for evaluation, in as many microbatches as on every other rank."""
