@@ -41,6 +41,8 @@ from raylway.data import engine, pieces, prepare
 from raylway.errors import RunFailed, UserError
 from raylway.features.prepared import MANIFEST, Prepared
 from raylway.job.load import load_job
+from raylway.predict import predict
+from raylway.predict.output import output_of
 from raylway.runs import hold, journal
 from raylway.runs.progress import Reporter
 from raylway.runs.run import Run, all_runs, find_run, summary
@@ -347,6 +349,23 @@ def test_a_job_in_a_bucket_from_raw_rows_to_answers(
     before = everything(root)
     assert f"serve {run.folder}" in command("run", "job.yaml", "--set", f"storage={root}")
     assert everything(root) == before
+
+
+def test_answers_on_a_cluster_need_a_folder_that_all_see(
+    root: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in everything(making.fruit().stage(tmp_path / "bundle")).items():
+        storage.write_bytes(root / "bundle" / name, content)
+    (tmp_path / "rows.csv").write_text("length,width,colour\n1,2,red\n")
+    loaded = job(tmp_path, {"source": "rows.csv", "target": "y"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(predict, "SMALL_BYTES", 0)
+    told = "the parts of the answers have no place that all machines see"
+    for output, shown in ((None, "standard output"), (str(root / "answers.csv"), "a bucket")):
+        with pytest.raises(UserError, match=rf"{told}(.|\n)*found: {shown}"):
+            reporter = Reporter("lines", io.StringIO())
+            predict.predict(loaded, root / "bundle", "rows.csv", output_of(output, None), reporter)
 
 
 @pytest.mark.long
