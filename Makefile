@@ -19,7 +19,7 @@ run: setup
 	@echo "Next: open the report named above, serve with '$(BIN)/raylway serve flights', run the tests with 'make test'."
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n 2 -m "not long"
 	@echo "Next: 'make run' for the whole way from raw flights to a served answer, 'make test-long' for the long campaigns."
 
 test-long: setup

@@ -8,11 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stores
 import web_server
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and end with it.
@@ -25,11 +27,19 @@ LISTENERS = ("test_serve", "test_serve_application", "test_end_to_end", "test_cl
 """Files whose tests list or take the ports of a whole machine: one after the other."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class Files(LoadFileScheduling):
+    """A file is the work of one process, which keeps what its tests share."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "listeners" if Path(file).stem in LISTENERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        # A file is the work of one process, which keeps what its tests share.
-        item.add_marker(pytest.mark.xdist_group("listeners" if item.path.stem in LISTENERS else item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not list(Path("/dev").glob("nvidia[0-9]*")):
         for item in marked:
