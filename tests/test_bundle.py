@@ -306,7 +306,7 @@ def test_examples_are_rows_that_the_users_functions_answer(
     predictor = Predictor(made.stage(tmp_path / "bundle"))
     assert len(examples.read(predictor.bundle.folder).rows) == answered
     examples.check(predictor)
-    shown = openapi.document(predictor.bundle, 1000)["paths"]["/predict"]["post"]["requestBody"]["content"]
+    shown = openapi.document(predictor.bundle, 1000, 1000)["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert len(shown["application/json"]["examples"]["data"]["value"]["data"]) == min(1, answered)
 
 

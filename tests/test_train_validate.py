@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -51,8 +50,7 @@ def test_every_row_counts_once_on_any_number_of_workers(tmp_path: Path, workers:
     numeric, categorical, truth, _ = case.prepared.rows("validation").take(np.arange(3))
     with torch.no_grad():
         output = model(torch.from_numpy(numeric), torch.from_numpy(categorical).long())
-    found = json.loads(case.run.metrics.read_text().splitlines()[-1])
-    assert found["kind"] == "validation"
+    (found,) = case.validations()
     if target == "label":
         expected = torch.nn.functional.cross_entropy(output, torch.from_numpy(truth).long()).item()
         assert found["val_accuracy"] == pytest.approx((output.argmax(1).numpy() == truth).mean())
