@@ -21,7 +21,7 @@ from raylway.bundle.predictor import CHUNK_ROWS, NotFinite, Predictor
 from raylway.bundle.rows import RowReader
 from raylway.errors import RunFailed, UserError
 from raylway.models import registry
-from serve_app import openapi
+from serve_app import forms, openapi, tensors
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,9 @@ def test_examples_are_rows_that_the_users_functions_answer(
     predictor = Predictor(made.stage(tmp_path / "bundle"))
     assert len(examples.read(predictor.bundle.folder).rows) == answered
     examples.check(predictor)
-    shown = openapi.document(predictor.bundle, 1000, 1000)["paths"]["/predict"]["post"]["requestBody"]["content"]
+    model = forms.Model(predictor)
+    document = openapi.document(model, tensors.Tensors(model), 1000)
+    shown = document["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert len(shown["application/json"]["examples"]["data"]["value"]["data"]) == min(1, answered)
 
 
