@@ -7,7 +7,6 @@ their ids, are the same however the rows were divided.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,8 +24,7 @@ from raylway.runs.run import Run
 from raylway.storage import Place
 
 BLOCK_ROWS = 200_000
-"""Test rows that one task answers. Up to here a single task does it all: an execution of Ray Data costs a second or
-two, and every further process imports torch."""
+"""Test rows that one task answers. A task loads the bundle, and every further process imports torch."""
 
 
 class Answers(msgspec.Struct):
@@ -88,17 +86,23 @@ def answers(prepared: Prepared, bundle: Place, block_rows: int, stage: Stage) ->
     expected = prepared.manifest.account.test
     if len(prepared.rows("test")) != expected:
         raise RunFailed(f"{prepared.folder}: the test shards do not hold the {expected:,} rows of the account")
-    blocks = [{"start": start, "stop": min(start + block_rows, expected)} for start in range(0, expected, block_rows)]
+    pending = [
+        _answered.remote(str(prepared.folder), str(bundle), start, min(start + block_rows, expected))
+        for start in range(0, expected, block_rows)
+    ]
     parts = [_no_rows(prepared.manifest)]
     stage.update(0, expected)
     try:
-        for part in _computed(blocks, str(prepared.folder), str(bundle)):
-            parts.append(part)
+        while pending:
+            (done,), pending = ray.wait(pending)
+            parts.append(ray.get(done))
             stage.update(sum(len(each["row_id"]) for each in parts), expected)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | RunFailed):
             raise error.cause from None
         raise
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise RunFailed(f"evaluation: a worker died again and again while it answered test rows: {error}") from error
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(whole["row_id"], kind="stable")
     found = Answers(**{name: column[order] for name, column in whole.items()})
@@ -114,42 +118,15 @@ def score(found: Answers, manifest: Manifest) -> Scores:
     return metrics.classification(found.target, found.output, manifest.signature.classes)
 
 
-class _Block:
-    """Answers ranges of test rows with one loaded bundle."""
-
-    def __init__(self, prepared: str, bundle: str) -> None:
-        from raylway.bundle.predictor import Predictor
-
-        self._rows = Prepared(storage.place(prepared)).rows("test")
-        self._predictor = Predictor(storage.place(bundle))
-
-    def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
-        positions = np.concatenate(
-            [np.arange(*span) for span in zip(np.atleast_1d(block["start"]), np.atleast_1d(block["stop"]), strict=True)]
-        )
-        numeric, categorical, target, row_id = self._rows.take(positions)
-        return {"row_id": row_id, "target": target, "output": self._predictor.forward(numeric, categorical)}
-
-
-def _computed(blocks: list[dict[str, int]], prepared: str, bundle: str) -> Any:
-    """Yield the answers of blocks as they come, in any order."""
-    if not blocks:
-        return
-    if len(blocks) == 1:
-        yield ray.get(_one_block.remote(prepared, bundle, blocks[0]))
-        return
-    from ray import data
-
-    workers = data.ActorPoolStrategy(min_size=1, max_size=len(blocks))
-    dataset = data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-        _Block, fn_constructor_args=(prepared, bundle), batch_size=1, compute=workers, num_cpus=1
-    )
-    yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
-
-
 @ray.remote(num_cpus=1)
-def _one_block(prepared: str, bundle: str, block: dict[str, int]) -> dict[str, np.ndarray]:
-    return _Block(prepared, bundle)(block)
+def _answered(prepared: str, bundle: str, start: int, stop: int) -> dict[str, np.ndarray]:
+    """The answers to a range of the test rows."""
+    from raylway.bundle.predictor import Predictor
+
+    rows = Prepared(storage.place(prepared)).rows("test")
+    numeric, categorical, target, row_id = rows.take(np.arange(start, stop))
+    output = Predictor(storage.place(bundle)).forward(numeric, categorical)
+    return {"row_id": row_id, "target": target, "output": output}
 
 
 def _no_rows(manifest: Manifest) -> dict[str, np.ndarray]:
