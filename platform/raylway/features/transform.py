@@ -94,11 +94,6 @@ class Transform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             names += [f"{category.name} is missing"] * category.indicator
         return names
 
-    @property
-    def categorical_names(self) -> list[str]:
-        """A name for each of the categorical inputs."""
-        return [feature.name for feature in self.embedded]
-
     def encode(self, table: pa.Table) -> Encoded:
         """Encode the rows of a typed table that holds the raw inputs (further columns are ignored).
 
