@@ -270,6 +270,10 @@ def test_a_bucket_that_goes_away_stops_the_run_which_goes_on_when_it_is_back(
     assert "the checkpoint of step 12 can't be written" in text and "the bucket can't be reached" in text
     assert "the last whole one is step-00000006-a001. 2 in a row failed" in text
 
+    gone = ranks.Ranks([cut.assignment(2)], 2, tmp_path, setup=partial(ranks.reach, variables)).results()
+    assert [report["failure"]["kind"] for (report,) in gone] == ["run", "run"], "a start that sees nothing is no fault"
+    assert all("the bucket can't be reached" in report["failure"]["text"][0] for (report,) in gone)
+
     way.mend()
     assert checkpoint.newest(cut.run, {}).manifest.step == 6
     ((report,),) = ranks.Ranks([cut.assignment(1)], 1, tmp_path, setup=partial(ranks.reach, variables)).results()

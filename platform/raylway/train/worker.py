@@ -142,12 +142,12 @@ def _start(task: Assignment, job: Job, run: Run, groups: Groups) -> Start | Fail
 
     answer = _Answer()
     if groups.rank == 0:
-        broken: dict[str, str] = {}
-        found = checkpoint.newest(run, broken)
-        for folder, reason in broken.items():
-            run.log("checkpoint skipped", checkpoint=folder, reason=reason)
-        from_step = found.manifest.step if found else 0
         try:
+            broken: dict[str, str] = {}
+            found = checkpoint.newest(run, broken)
+            for folder, reason in broken.items():
+                run.log("checkpoint skipped", checkpoint=folder, reason=reason)
+            from_step = found.manifest.step if found else 0
             used = checkpoint.last_attempt(run.checkpoints)
             attempt = failures.begin(run, task.launch, from_step, groups.workers, used)
             chosen = memory.first(job, task.plan, run, found.state.microbatch if found else None)
