@@ -180,10 +180,10 @@ def _shown_by(reporter: Reporter) -> Iterator[None]:
     """
     from ray._private import worker
 
-    def show(batch: LogBatch, ignore_prefix: bool) -> None:
-        if not batch["is_err"] and batch["pid"] not in ("raylet", "autoscaler"):
-            for line in filter(str.strip, batch["lines"]):
-                reporter.note(f"worker {batch['pid']}: {line}")
+    def show(data: LogBatch, ignore_prefix: bool) -> None:
+        if not data["is_err"] and data["pid"] not in ("raylet", "autoscaler"):
+            for line in filter(str.strip, data["lines"]):
+                reporter.note(f"worker {data['pid']}: {line}")
 
     before = worker.print_to_stdstream
     worker.print_to_stdstream = show
