@@ -129,8 +129,8 @@ def main() -> None:
         "serve",
         f"{table([*heads, 'bare asyncio', 'ours / bare'], lines)}\n\nRatios of requests above 1: Raylway answers more "
         f"a second. {seconds:g} s a cell after {WARM_UP_S:g} s of warm-up, own load generator (asyncio, kept "
-        "connections); every answer was checked to be 200 and to hold all rows. Raylway also validates each row, batches, "
-        "keeps metrics and an access log, and runs at most 2 replicas here; of the flights it also encodes the columns.",
+        "connections); every answer was checked to be 200 and to hold all rows. Raylway also validates rows, batches, "
+        "keeps metrics and an access log, and runs at most 2 replicas here; of the flights it encodes the columns too.",
     )
 
 
