@@ -94,7 +94,8 @@ def verified(
     digits = load_digits(as_frame=True).frame
     digits.to_csv(folder / "rows.csv", index=False)
     (folder / "job.yaml").write_text(
-        f"name: verified\nstorage: {storage}\ndata: {{source: rows.csv, target: target, features: {{categorical: [pixel_0_1]}}}}\n"
+        f"name: verified\nstorage: {storage}\n"
+        f"data: {{source: rows.csv, target: target, features: {{categorical: [pixel_0_1]}}}}\n"
         f"model: {model}\ntrain: {{for: 60 epochs, global_batch: 32, {', '.join(more)}}}\n"
     )
     done = raylway("verify-resume", "job.yaml", "--kills", "2", "--seed", "7", "--json", folder=folder, timeout=900)
