@@ -89,7 +89,7 @@ def served(
             docs = f"{url}/docs shows how to ask" if len(models) == 1 else f"{url}/ lists them"
             stage.finish(f"{named} at {url} through {proxy.shown(url)}; {docs}")
         if is_embedded:
-            service = services.Service(start.address(), url, [model.name for model in models])
+            service = services.Service(start.gcs_address(), url, [model.name for model in models])
             stack.enter_context(services.announced(service, reporter))
         yield url
 
