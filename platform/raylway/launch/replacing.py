@@ -117,17 +117,20 @@ def _not_served(name: str | None, found: str) -> UserError:
 
 
 def _recorded(old: Running, reporter: Reporter) -> list[Recorded]:
-    """The sample of recent requests of all replicas that run; what can't be had must not keep a mistake in place."""
+    """The sample of recent requests of a replica; what can't be had must not keep a mistake in place.
+
+    Of one that Serve chooses: `broadcast` to all ends the process in Ray 2.60 when an answer is larger than 100 KiB.
+    """
     from ray import serve
 
     if not old.replicas:
         return []
-    answer = serve.get_app_handle(old.name).broadcast("recorded")
     try:
-        return [each for sample in answer.results(timeout_s=_ASK_TIMEOUT_S) for each in sample]
+        found: list[Recorded] = serve.get_app_handle(old.name).recorded.remote().result(timeout_s=_ASK_TIMEOUT_S)
     except Exception as error:  # noqa: BLE001 - whatever the state of the replicas is
         reporter.note(f"the replicas give no recent requests to try the new bundle on: {type(error).__name__}")
         return []
+    return found
 
 
 def _try(old: Running, given: dict[str, Any], recorded: list[Recorded], reporter: Reporter) -> None:

@@ -95,7 +95,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
                 importlib.import_module("ray")  # it reads some of them when it is imported
                 threading.Thread(target=lambda: [importlib.import_module(name) for name in ahead]).start()
                 if address:
-                    _join(address, worker_setup.runtime_env(import_paths))
+                    _join(address, runtime_env=worker_setup.runtime_env(import_paths))
                 else:
                     _start(folder, import_paths)
                 have = capacity(joined=bool(address))
@@ -122,7 +122,7 @@ def visit(address: str) -> Iterator[None]:
         return
     _prepare_to_join(address)
     try:
-        _join(address, None)
+        _join(address, log_to_driver=False)
         yield
     finally:
         if "ray" in sys.modules:
@@ -184,7 +184,7 @@ def _prepare_to_join(address: str) -> None:
         _require_reachable(address)
 
 
-def _join(address: str, runtime_env: dict[str, Any] | None) -> None:
+def _join(address: str, **options: Any) -> None:
     import ray
     from ray.exceptions import AuthenticationError, RayError
 
@@ -192,11 +192,7 @@ def _join(address: str, runtime_env: dict[str, Any] | None) -> None:
         if address != "auto":
             # Ray itself would try for 20 s and then hide that it was the token.
             importlib.import_module("ray._raylet").GcsClient(address=address)
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            runtime_env=runtime_env,
-        )
+        ray.init(address=address, logging_level=logging.ERROR, **options)
     except AuthenticationError:
         raise auth.wrong_token(address) if auth.has_token() else auth.no_token(address) from None
     except (ConnectionError, RuntimeError, RayError) as error:
