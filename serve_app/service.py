@@ -27,6 +27,7 @@ from serve_app.forms import JSON, Form, Headers, Model, Plain, Reply, unreadable
 from serve_app.invocations import Invocations
 from serve_app.keys import Keys
 from serve_app.problems import HttpProblem, busy, unprocessable
+from serve_app.recent import Recent
 from serve_app.tensors import Tensors
 from serve_app.watch import Note, Watch
 
@@ -37,6 +38,8 @@ MAX_BODY_BYTES = 16 << 20
 PATIENCE_S = 30.0
 """A request without its answer by then gets none; its client has most likely gone."""
 MOST_PATIENCE_MS = 300_000
+STUCK_S = 60.0
+"""A batch that takes longer is taken for one that never ends."""
 RETRY_AFTER_S = 1
 _LONGEST = 200
 """Characters of a client's own text in an answer or the log."""
@@ -70,19 +73,24 @@ class Service:
         self._watch = watch or Watch(predictor.bundle.record)
         self._batcher = Batcher(self._outputs, max_batch)
         self._watch.waiting = self._batcher.waiting
+        self.recent = Recent(predictor)
         model = Model(predictor)
         tensors = Tensors(model)
-        self._forms: dict[str, Form] = {
-            "/predict": Plain(model),
-            "/invocations": Invocations(model),
-            f"{tensors.path}/infer": tensors,
-            f"{tensors.path}{tensors.version}/infer": tensors,
-        }
+        self._forms = forms_of(model)
         self._pages = _pages(model, tensors)
         self._ready = {"/readyz": Reply(msgspec.json.encode({"status": "ready", "model": model.card}))}
         for path, content in tensors.pages().items():
             chosen = self._ready if path.endswith("/ready") else self._pages
             chosen[path] = Reply(msgspec.json.encode(content))
+
+    def check_health(self) -> None:
+        """Raise if the model is stuck: no client waits for a batch as long as that.
+
+        Raises:
+            RuntimeError: See there.
+        """
+        if (busy_s := self._batcher.busy_s) > STUCK_S:
+            raise RuntimeError(f"the model has been at one batch for {busy_s:.0f} s")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -153,7 +161,10 @@ class Service:
             if derives and (problems := await asyncio.to_thread(self._predictor.problems, asked.rows)):
                 raise InvalidRows(problems)
             self._watch.asked(asked.rows)
-            return asked.reply(await self._batcher.submit(asked.rows))
+            outputs = await self._batcher.submit(asked.rows)
+            reply = asked.reply(outputs)
+            self.recent.add(form.name, headers, body, outputs)
+            return reply
         except HttpProblem:
             raise
         except NotJson as error:
@@ -172,6 +183,17 @@ class Service:
     def _outputs(self, rows: Rows) -> np.ndarray:
         self._watch.computed(len(rows))
         return self._predictor.outputs(rows)
+
+
+def forms_of(model: Model) -> dict[str, Form]:
+    """The ways of asking a model, by path."""
+    tensors = Tensors(model)
+    return {
+        "/predict": Plain(model),
+        "/invocations": Invocations(model),
+        f"{tensors.path}/infer": tensors,
+        f"{tensors.path}{tensors.version}/infer": tensors,
+    }
 
 
 def _pages(model: Model, tensors: Tensors) -> dict[str, Reply]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asking
 import pytest
 import stores
 import web_server
@@ -23,7 +24,15 @@ settings.register_profile("any machine", deadline=None)  # an example that waits
 settings.load_profile("any machine")
 
 
-LISTENERS = ("test_serve", "test_serve_application", "test_end_to_end", "test_cluster", "test_long")
+LISTENERS = (
+    "test_serve",
+    "test_serve_application",
+    "test_serve_versions",
+    "test_end_to_end",
+    "test_cluster",
+    "test_long",
+    "test_long_serve",
+)
 """Files whose tests list or take the ports of a whole machine: one after the other."""
 
 
@@ -62,6 +71,17 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_serve(ray_session: None) -> Iterator[str]:
+    """Serve on the session's Ray, with Ray's own proxy; the address."""
+    from ray import serve
+
+    port = asking.free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
 
 
 @pytest.fixture

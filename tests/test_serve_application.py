@@ -190,7 +190,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
         ({"bundle": "b", "replicas": 2}, "no such argument: replicas"),
         ({"bundle": "b", "max_batch": "many"}, "max_batch must be a whole number from 1"),
         ({"bundle": "b", "max_batch": "0"}, "max_batch must be a whole number from 1"),
-        ({"bundle": "b", "min_replicas": True}, "min_replicas must be a whole number from 1"),
+        ({"bundle": "b", "min_replicas": True}, "min_replicas must be a whole number from 0"),
         ({"bundle": "b", "min_replicas": 3, "max_replicas": "2"}, "min_replicas is more than max_replicas"),
     ],
 )
