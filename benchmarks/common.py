@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, the article's network, commands with a clock, and RESULTS.md.
+"""What the benchmarks share: the machine in words, commands with a clock, and RESULTS.md.
 
 Each benchmark measures Raylway and its peer by turns in one run, because seconds of different days can't be compared:
 the ratio is the result.
@@ -22,9 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import nn
-
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEADER = """# Benchmarks
 
@@ -32,23 +29,6 @@ Raylway beside the plain way to do the same, measured in the same run on the sam
 `make bench`; each section names its machine, versions and date. What is compared is said in the header of each script.
 """
 SECTIONS = ("prepare", "train", "serve")
-
-
-class BigModel(nn.Module):
-    """The article's network (chapter 3.1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(1000, 512)
-        self.fc2 = nn.Linear(512, 256)
-        self.fc3 = nn.Linear(256, 10)
-        self.relu = nn.ReLU()
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(self.relu(self.fc1(x)))
-        x = self.dropout(self.relu(self.fc2(x)))
-        return self.fc3(x)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""Serving: `raylway serve` beside the article's Flask app (chapter 8) under gunicorn, one process with 8 threads.
+"""Serving: `raylway serve` beside the article's Flask app (chapter 8) under gunicorn, one process with 8 threads, and
+beside the limit: a bare asyncio program that reads the same requests and does the same forward pass, and nothing else.
 
-Both hold the article's 1000-512-256-10 network and get the article's request, one row of 1,000 numbers a request, over
-connections that stay open. The load comes from the asyncio program below, which waits for each answer before it sends
-the next request; it shares the machine with the servers, as a client on a laptop does.
+Two models: the article's 1000-512-256-10 network, asked with the article's request, and that of jobs/flights.yaml,
+asked by the names of its columns. For the flights the peers are spared the work: they get the encoded numbers. All
+connections stay open. The load comes from the asyncio program below, which waits for each answer before it sends the
+next request; it shares the machine with the servers, as a client on a laptop does.
 
     python benchmarks/serve.py [--seconds 8]
 """
@@ -18,24 +20,31 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from common import environment, raylway, scratch, table, write_section
 
-CLIENTS = (1, 16, 64)
-WARM_UP_S = 2.0
-ARTICLE = """
-import torch
-from flask import Flask, request, jsonify
-from common import BigModel
+from raylway.bundle import contents, examples
 
-model = BigModel()
+WARM_UP_S = 2.0
+NETWORK = """
+import torch
+from torch import nn
+
+widths = {widths}
+layers = []
+for width, following in zip(widths, widths[1:-1]):
+    layers += [nn.Linear(width, following), nn.ReLU(), nn.Dropout(0.5)]
+model = nn.Sequential(*layers, nn.Linear(*widths[-2:])).eval()
+"""
+ARTICLE = """
+from flask import Flask, request, jsonify
 app = Flask(__name__)
 
 
@@ -46,6 +55,31 @@ def predict():
     output = model(data)
     return jsonify(output.tolist())
 """
+BARE = """
+import asyncio, json, sys
+torch.set_num_threads(1)
+
+
+async def answer(reader, writer):
+    try:
+        while True:
+            head = (await reader.readuntil(b"\\r\\n\\r\\n")).lower()
+            length = int(head.partition(b"content-length: ")[2].partition(b"\\r\\n")[0])
+            data = torch.tensor(json.loads(await reader.readexactly(length))["data"])
+            with torch.inference_mode():
+                body = json.dumps(model(data).tolist()).encode()
+            writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%b" % (len(body), body))
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        writer.close()
+
+
+async def main():
+    server = await asyncio.start_server(answer, "127.0.0.1", int(sys.argv[1]), limit=1 << 24)
+    await server.serve_forever()
+
+
+asyncio.run(main())
+"""
 JOB = """
 name: article
 storage: runs
@@ -55,6 +89,33 @@ data:
 model: {kind: mlp, hidden: [512, 256], dropout: 0.5}
 train: {for: 1 steps, global_batch: 128}
 """
+HIDDEN = [128, 64]
+"""Of the network of jobs/flights.yaml."""
+Body = Callable[[random.Random, int], bytes]
+"""A request of so many rows."""
+Command = Callable[[int], list[str]]
+"""That of a server, by its port."""
+
+
+class Subject(NamedTuple):
+    """One model and how it is asked."""
+
+    name: str
+    run: str
+    widths: list[int]
+    """Of the peers' network."""
+    ours: Body
+
+
+class Load(NamedTuple):
+    clients: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.clients} client{'s' * (self.clients > 1)}, {self.rows} row{'s' * (self.rows > 1)}"
+
+
+LOADS = Load(1, 1), Load(16, 1), Load(64, 1), Load(8, 100)
 
 
 def main() -> None:
@@ -62,83 +123,115 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     seconds = parser.parse_args().seconds
     with scratch() as folder:
-        served = bundle(folder)
-        with running(flask_command(folder), folder, "/predict") as port:
-            theirs = {clients: load(port, clients, seconds) for clients in CLIENTS}
-        command = [sys.executable, "-m", "raylway", "serve", served]
-        with running(lambda port: [*command, "--port", str(port)], folder, "/readyz") as port:
-            ours = {clients: load(port, clients, seconds) for clients in CLIENTS}
-    lines = []
-    for clients in CLIENTS:
-        ratio = ours[clients]["rate"] / theirs[clients]["rate"]
-        lines.append([f"{clients} clients", cell(theirs[clients]), cell(ours[clients]), f"{ratio:.2f}"])
-    heads = ["requests/s (p50, p99 ms)", "article's Flask app, gunicorn", "raylway serve", "ours / theirs"]
+        lines = [line for subject in (article(folder), flights(folder)) for line in compare(folder, subject, seconds)]
+    heads = ["requests/s (p50, p99 ms)", "Flask, gunicorn", "raylway serve", "ours / Flask", "p50: ours / Flask"]
     write_section(
         "serve",
-        f"{table(heads, lines)}\n\nRatios above 1: Raylway answers more requests a second. {seconds:g} s a cell after "
-        f"{WARM_UP_S:g} s of warm-up, own load generator (asyncio, kept connections); every answer was checked to be "
-        "complete and 200. Raylway also validates each row, answers in batches, and runs at most 2 replicas here.",
+        f"{table([*heads, 'bare asyncio', 'ours / bare'], lines)}\n\nRatios of requests above 1: Raylway answers more "
+        f"a second. {seconds:g} s a cell after {WARM_UP_S:g} s of warm-up, own load generator (asyncio, kept "
+        "connections); every answer was checked to be 200 and to hold all rows. Raylway also validates rows, batches, "
+        "keeps metrics and an access log, and runs at most 2 replicas here; of the flights it encodes the columns too.",
     )
 
 
-def bundle(folder: Path) -> str:
-    """The folder of a run whose bundle holds the article's network; one step of training is enough to serve it."""
+def compare(folder: Path, subject: Subject, seconds: float) -> list[list[str]]:
+    """The lines of one model: the servers one after the other, each under every load."""
+    network = NETWORK.format(widths=subject.widths)
+    (folder / "article_app.py").write_text(network + ARTICLE)
+    (folder / "bare.py").write_text(network + BARE)
+    python = [sys.executable, "-m"]
+    gunicorn = [*python, "gunicorn", "--workers", "1", "--threads", "8", "--chdir", str(folder), "article_app:app"]
+    servers: list[tuple[Command, Body]] = [
+        (lambda port: [*gunicorn, "--bind", f"127.0.0.1:{port}"], numbers(subject.widths[0])),
+        (lambda port: [*python, "raylway", "serve", subject.run, "--port", str(port)], subject.ours),
+        (lambda port: [sys.executable, "bare.py", str(port)], numbers(subject.widths[0])),
+    ]
+    found = []
+    for command, body in servers:
+        with running(command, folder, body(random.Random(0), 1)) as port:
+            found.append([asyncio.run(measured(port, load, body, seconds)) for load in LOADS])
+    lines = []
+    for load, theirs, ours, bare in zip(LOADS, *found, strict=True):
+        ratios = [ours["rate"] / theirs["rate"], ours["p50"] / theirs["p50"], ours["rate"] / bare["rate"]]
+        words = [f"{ratio:.2f}" for ratio in ratios]
+        lines.append([f"{subject.name}, {load}", cell(theirs), cell(ours), *words[:2], cell(bare), words[2]])
+    return lines
+
+
+def article(folder: Path) -> Subject:
+    """The article's network; one step of training is enough to serve it."""
     rows = np.random.default_rng(0).standard_normal((1_000, 1_000))
     frame = pd.DataFrame(rows, columns=[f"x{index}" for index in range(1_000)])
     frame["target"] = np.arange(1_000) % 10
     frame.to_parquet(folder / "rows.parquet")
-    (folder / "job.yaml").write_text(JOB)
-    raylway("run", "job.yaml", "--set", "serve.replicas={min: 1, max: 2}", folder=folder)
-    (run,) = (folder / "runs" / "article").iterdir()
+    (folder / "article.yaml").write_text(JOB)
+    return Subject("article", trained(folder, "article"), [1_000, 512, 256, 10], numbers(1_000))
+
+
+def flights(folder: Path) -> Subject:
+    """The flights after a short training; the peers' network is as wide as ours once its columns are encoded."""
+    text = (Path(__file__).parent.parent / "jobs" / "flights.yaml").read_text()
+    (folder / "flights.yaml").write_text(text)
+    run = trained(folder, "flights", "--set", "train.for=20 steps", "--set", "train.schedule.warmup=0 steps")
+    bundle = contents.load(Path(run) / "bundle")
+    rows: list[dict[str, Any]] = examples.read(bundle.folder).rows
+    first = next(each for each in bundle.weights().values() if each.ndim == 2 and each.shape[0] == HIDDEN[0])
+
+    def body(chance: random.Random, count: int) -> bytes:
+        return json.dumps({"rows": [chance.choice(rows) for _ in range(count)]}).encode()
+
+    return Subject("flights", run, [first.shape[1], *HIDDEN, 2], body)
+
+
+def trained(folder: Path, name: str, *settings: str) -> str:
+    """The folder of a run whose bundle is served by at most two replicas."""
+    raylway("run", f"{name}.yaml", "--set", "serve.replicas={min: 1, max: 2}", *settings, folder=folder)
+    (run,) = (folder / "runs" / name).iterdir()
     return str(run)
 
 
-def flask_command(folder: Path):
-    (folder / "article_app.py").write_text(ARTICLE)
-    options = ["--workers", "1", "--threads", "8", "--chdir", str(folder)]
-    options += ["--pythonpath", f"{folder},{Path(__file__).parent}"]
-    return lambda port: [sys.executable, "-m", "gunicorn", *options, "--bind", f"127.0.0.1:{port}", "article_app:app"]
+def numbers(width: int) -> Body:
+    """The article's request: a nested list of numbers."""
+
+    def body(chance: random.Random, count: int) -> bytes:
+        return json.dumps({"data": [[chance.gauss(0, 1) for _ in range(width)] for _ in range(count)]}).encode()
+
+    return body
 
 
 @contextmanager
-def running(command, folder: Path, ready: str) -> Iterator[int]:
-    """A server on a free port, from when it answers at `ready` until the body ends."""
+def running(command: Command, folder: Path, body: bytes) -> Iterator[int]:
+    """A server on a free port, from when it answers a request until the body ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command(port), cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         try:
-            wait_until_ready(server, f"http://127.0.0.1:{port}{ready}", folder / "server.log")
+            wait_until_ready(server, f"http://127.0.0.1:{port}/predict", body, folder / "server.log")
             yield port
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(60)
 
 
-def wait_until_ready(server: subprocess.Popen, address: str, log: Path) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, body: bytes, log: Path) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            urllib.request.urlopen(address, timeout=5).close()
+            asked = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(asked, timeout=5).close()
             return
-        except urllib.error.HTTPError as error:
-            if error.code == 405:  # Flask is there; its only path wants a POST
-                return
-        except OSError:
-            pass
-        time.sleep(0.2)
+        except OSError:  # refused, or an HTTP error: not yet there
+            time.sleep(0.2)
     raise RuntimeError(f"{address} is not ready\n{log.read_text()}")
 
 
-def load(port: int, clients: int, seconds: float) -> dict[str, float]:
-    """Requests a second, and milliseconds at the 50th and 99th percentile, of so many clients at once."""
-    return asyncio.run(_load(port, clients, seconds))
-
-
-async def _load(port: int, clients: int, seconds: float) -> dict[str, float]:
+async def measured(port: int, load: Load, body: Body, seconds: float) -> dict[str, float]:
+    """Requests a second, and milliseconds at the 50th and 99th percentile."""
+    bodies = [body(random.Random(number), load.rows) for number in range(load.clients)]
     start = time.perf_counter() + WARM_UP_S
-    parts = await asyncio.gather(*(_client(port, number, start, start + seconds) for number in range(clients)))
+    parts = await asyncio.gather(*(_client(port, each, load.rows, start, start + seconds) for each in bodies))
     latencies = np.concatenate(parts) * 1e3
     return {
         "rate": len(latencies) / seconds,
@@ -147,10 +240,8 @@ async def _load(port: int, clients: int, seconds: float) -> dict[str, float]:
     }
 
 
-async def _client(port: int, number: int, start: float, end: float) -> list[float]:
+async def _client(port: int, body: bytes, rows: int, start: float, end: float) -> list[float]:
     """One connection that sends a request as soon as the last is answered; seconds of each answered within the time."""
-    row = [random.Random(number).gauss(0, 1) for _ in range(1_000)]
-    body = json.dumps({"data": [row]}).encode()
     head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     latencies = []
@@ -159,7 +250,7 @@ async def _client(port: int, number: int, start: float, end: float) -> list[floa
         writer.write(request)
         status, closes, answer = await _answer(reader)
         now = time.perf_counter()
-        if status != 200 or len(json.loads(answer)[0]) != 10:
+        if status != 200 or len(_rows(json.loads(answer))) != rows:
             raise RuntimeError(f"status {status}: {answer[:300]!r}")
         if start <= sent and now <= end:
             latencies.append(now - sent)
@@ -168,6 +259,11 @@ async def _client(port: int, number: int, start: float, end: float) -> list[floa
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.close()
     return latencies
+
+
+def _rows(answer: Any) -> list[Any]:
+    rows: list[Any] = answer["predictions"] if isinstance(answer, dict) else answer
+    return rows
 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:

@@ -16,12 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, environment
+from commands import REPOSITORY, environment, raylway
 
 from raylway.errors import UserError
 from raylway.launch import auth, worker_setup
 from raylway.launch.capacity import Capacity, Node, NodeType, capacity
 
+SLOW = """
+import os, threading, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def double(table):
+    if threading.current_thread() is not threading.main_thread():  # where the rows are read
+        wait()
+    import pyarrow.compute as pc
+
+    return pc.multiply(table["length"], 2)
+
+
+def wait():
+    (HERE / "begun").write_text(str(len(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())))
+    while (HERE / "hold").exists():
+        time.sleep(0.05)
+"""
 DRIVER = """
 import os, sys, time
 from pathlib import Path
@@ -265,3 +285,31 @@ def test_a_host_whose_name_is_loopback_names_its_interface(ray_session: None, mo
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
     worker_setup.prefer_node_address()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_a_small_machine_prepares_without_starting_ray_and_sigterm_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slow_steps.py").write_text(SLOW)
+    rows = "".join(f"{number},{'yes' if number % 2 else 'no'}\n" for number in range(40))
+    (tmp_path / "rows.csv").write_text(f"length,ripe\n{rows}")
+    derive = "{twice: 'slow_steps:double(length)'}"
+    (tmp_path / "job.yaml").write_text(f"name: held\ndata: {{source: rows.csv, target: ripe, derive: {derive}}}\n")
+    hold = tmp_path / "hold"
+    hold.touch()
+    few = ",".join(map(str, sorted(os.sched_getaffinity(0))[:8]))
+    held = subprocess.Popen(
+        ["taskset", "-c", few, sys.executable, "-m", "raylway", "prepare", "job.yaml"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (tmp_path / "begun").read_text() == "0"  # no process of Ray
+    held.send_signal(signal.SIGTERM)
+    hold.unlink()  # the thread that is at work comes to its end first
+    assert held.wait(60) == 143, held.stderr
+    assert [path.name for path in (tmp_path / "runs" / "prepared").iterdir() if path.name != "pieces"] == []
+    whole = raylway("prepare", "job.yaml", "--json", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr

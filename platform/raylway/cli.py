@@ -318,10 +318,12 @@ def _reporter(json_: bool) -> Any:
 def _stages(job: Path, overrides: list[str] | None, json_: bool, last: str) -> None:
     from raylway import pipeline
     from raylway.job.load import load_job
+    from raylway.launch.start import ended_by_sigterm
     from raylway.runs.run import summary
 
     try:
-        found = pipeline.run(load_job(job, overrides or ()), _reporter(json_), last)
+        with ended_by_sigterm():
+            found = pipeline.run(load_job(job, overrides or ()), _reporter(json_), last)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise

@@ -54,24 +54,38 @@ def run(loaded: LoadedJob, reporter: Reporter, last: str = "report") -> Run | No
     from raylway.launch.check import check
 
     check(loaded)
+    prepared, prepare_s = None, 0.0
+    if start.is_embedded() and engine.is_enough_here():
+        # Ray has nothing to do yet, and what is wrong with the data is told before the 4 s that it takes to start.
+        prepared, prepare_s = _prepared(loaded, root, reporter, here=True)
+        if last == "prepare":
+            return None
     ahead = () if last == "prepare" else ("torch",)
     began_at = time.monotonic()
     with start.connect(reporter, loaded.import_paths, ahead) as capacity:
+        ray_s = time.monotonic() - began_at
         if isinstance(root, Path):
             capacity.require_shared(root)
-        started_at = time.monotonic()
-        here = capacity.is_one_machine and capacity.cpus <= engine.MOST_THREADS
-        prepared = data_prepare.prepare(loaded, root, reporter, engine.ALL if here else None)
+        if prepared is None:
+            here = capacity.is_one_machine and capacity.cpus <= engine.MOST_THREADS
+            prepared, prepare_s = _prepared(loaded, root, reporter, here)
         if last == "prepare":
             return None
         found.create(loaded, fingerprint)
         with hold(found.folder):
-            found.add_prepare(time.monotonic() - started_at, started_at - began_at)
+            found.add_prepare(prepare_s, ray_s)
             work = Work(loaded, found, prepared, capacity, reporter, last)
             for stage in wanted[1:]:
                 if not found.is_done(stage):
                     _STAGES[stage](work)
     return found
+
+
+def _prepared(loaded: LoadedJob, root: Place, reporter: Reporter, here: bool) -> tuple[Prepared, float]:
+    """The prepared data, made by threads of this process if `here` and by Ray otherwise; and how long it took."""
+    began_at = time.monotonic()
+    prepared = data_prepare.prepare(loaded, root, reporter, engine.ALL if here else None)
+    return prepared, time.monotonic() - began_at
 
 
 @dataclass

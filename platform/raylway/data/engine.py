@@ -63,6 +63,11 @@ class _Failure(msgspec.Struct, frozen=True):
         return UserError(*self.said) if self.is_users else RunFailed(*self.said)
 
 
+def is_enough_here() -> bool:
+    """Whether threads of this process keep all CPUs of this machine busy."""
+    return len(os.sched_getaffinity(0)) <= MOST_THREADS
+
+
 def run(
     function: Callable[[Argument], Result],
     arguments: Sequence[Argument],

@@ -150,13 +150,17 @@ def _contents_on_two_sides(tables: Sequence[pa.Table], placed: list[_Placed]) ->
         sides[each.places] = each.sides
         held.append(sides)
 
-    def counted(number: int) -> int:
+    def words(number: int) -> list[np.ndarray]:
+        """The hashes and the side of the rows of a range, copied: what is mapped stays in memory while it is held."""
         parts = []
         for table, own, sides in zip(tables, edges, held, strict=True):
             some = table.slice(own[number], own[number + 1] - own[number])
-            words = [some[name].to_numpy() for name in ("key", "identity", "rest") if name in table.column_names]
-            parts.append([*words, sides[own[number] : own[number + 1]]])
-        *hashes, side = (np.concatenate(column) for column in zip(*parts, strict=True))
+            mapped = [some[name].to_numpy() for name in ("key", "identity", "rest") if name in table.column_names]
+            parts.append([*mapped, sides[own[number] : own[number + 1]]])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def counted(number: int) -> int:
+        *hashes, side = words(number)
         kept = side >= 0
         return _on_two_sides([word[kept] for word in hashes], side[kept])
 

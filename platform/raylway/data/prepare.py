@@ -78,7 +78,8 @@ def fingerprint(loaded: LoadedJob, root: Place | None = None) -> str:
 
 
 def prepare(loaded: LoadedJob, root: Place, reporter: Reporter, few: int | None = None) -> Prepared:
-    """The prepared data of a job; made only if it is not there already. Ray must be initialised.
+    """The prepared data of a job; made only if it is not there already. Ray must be initialised unless `few` is
+    `engine.ALL`.
 
     Args:
         loaded: The job.
@@ -129,7 +130,7 @@ def _prepare(loaded: LoadedJob, start: Start, work: Work) -> tuple[Manifest, lis
     if not source.parts:
         raise no_rows(loaded.location("data.source"), source)
     found = reading.read(loaded, source, names, start.past.generations, work.kept, work.stage, work.few)
-    decided, tasks = _decide(loaded, source, names, found, start, work.kept)
+    decided, tasks = _decide(loaded, source, names, found, start, work)
     use = Use.of(found.rules, names, decided.plan)
     transform, written, sample = _encode(tasks, decided, use, found.assessment, work)
     sample = derive.derived(sample, derive.parsed(names.derive))
@@ -192,11 +193,11 @@ def _tell(reporter: Reporter, manifest: Manifest, found: Found) -> None:
 
 
 def _decide(
-    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, kept: Place
+    loaded: LoadedJob, source: Source, names: Names, found: Found, start: Start, work: Work
 ) -> tuple[Outcome, list[PieceTask]]:
     """The outcome over all pieces, and what the later passes need to know of each piece."""
     each = [(item, facts, one) for item in found.items for facts, one in zip(item.facts, item.found, strict=True)]
-    tables = passes.Tables(kept, found.assessment, [(item.key, facts.number) for item, facts, _ in each])
+    tables = passes.Tables(work.kept, found.assessment, [(item.key, facts.number) for item, facts, _ in each])
     tasks: list[PieceTask] = []
 
     def count(divided: Division, codes: list[list[int]]) -> list[Counted]:
@@ -205,8 +206,8 @@ def _decide(
             for (item, facts, one), own in zip(each, codes, strict=True)
         ]
         slim = msgspec.structs.replace(divided, exceptions=Exceptions(b"", b"", b""))
-        bound = functools.partial(passes.count, folder=str(kept), assessment=found.assessment, divided=slim)
-        return list(engine.run(bound, tasks, Counted, reading.FEW_HERE))
+        bound = functools.partial(passes.count, folder=str(work.kept), assessment=found.assessment, divided=slim)
+        return list(engine.run(bound, tasks, Counted, max(reading.FEW_HERE, work.few or 0)))
 
     every = outcome.Pieces([one for _, _, one in each], found.columns, tables, count)
     past = start.past.generations

@@ -69,7 +69,7 @@ def read(
     Raises:
         UserError: A file is damaged, a column fits no type, or there is no row.
     """
-    todo = _items(cut(source), past)
+    todo = _items(cut(source, few), past)
     order = assessment.ordering_of(loaded, source)
     rules = _expected_rules(loaded, source, names)
     how = loaded.job.data.read
@@ -135,8 +135,8 @@ def _items(parts: list[Part], past: list[Generation]) -> list[Item]:
     return result
 
 
-def cut(source: Source) -> list[Part]:
-    """The source's parts, large plain CSV files cut into ranges if their quotes are regular."""
+def cut(source: Source, few: int | None = None) -> list[Part]:
+    """The source's parts, large plain CSV files cut into ranges if their quotes are regular; `few` as in `read`."""
     step = csv_read.RANGE_BYTES
     uncut = {
         index: [
@@ -149,7 +149,7 @@ def cut(source: Source) -> list[Part]:
     if not uncut:
         return source.parts
     every = [part for parts in uncut.values() for part in parts]
-    scans = engine.run(items.scan, every, Scan, FEW_HERE)
+    scans = engine.run(items.scan, every, Scan, max(FEW_HERE, few or 0))
     cut: list[Part] = []
     for index, part in enumerate(source.parts):
         pieces = [(piece, next(scans)) for piece in uncut.get(index, [])]

@@ -55,6 +55,12 @@ _CLUSTER_SETTINGS = {
 }
 
 
+def is_embedded() -> bool:
+    """Whether `connect` would start a Ray of its own."""
+    joined = "ray" in sys.modules and importlib.import_module("ray").is_initialized()
+    return not joined and not _address()
+
+
 @contextmanager
 def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequence[str] = ()) -> Iterator[Capacity]:
     """Give the body a connected Ray; what was started here is stopped at the end, whatever happens.
@@ -76,7 +82,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
     if "ray" in sys.modules and importlib.import_module("ray").is_initialized():
         yield capacity(joined=False)
         return
-    address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")
+    address = _address()
     before = signal.getsignal(signal.SIGTERM)
     with temporary_folder(reporter) as folder:
         try:
@@ -95,12 +101,27 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
                 have = capacity(joined=bool(address))
                 stage.finish(f"{'joined ' + address if address else 'embedded'}: {have.describe()}")
             _show_prints(reporter)
-            signal.signal(signal.SIGTERM, _end_on_sigterm)
-            yield have
+            with ended_by_sigterm():  # Ray has put its own handler there
+                yield have
         finally:
             if "ray" in sys.modules:
                 sys.modules["ray"].shutdown()
             signal.signal(signal.SIGTERM, before)
+
+
+def _address() -> str:
+    """That of the cluster to join; empty for an embedded Ray."""
+    return os.environ.get("RAY_ADDRESS", "").removeprefix("local")
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does, so that it leaves nothing behind, and the exit code is a shell's."""
+    before = signal.signal(signal.SIGTERM, _end_on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(folder: Path, import_paths: Sequence[str]) -> None:
