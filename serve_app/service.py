@@ -7,11 +7,8 @@ Whatever is wrong with it is found before it meets other requests.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,9 +20,11 @@ from raylway.bundle.predictor import NotFinite, Predictor
 from raylway.bundle.rows import NotJson, Rows
 from serve_app import openapi
 from serve_app.batching import Batcher, Overloaded
+from serve_app.card import card
 from serve_app.forms import JSON, Form, Headers, Model, Plain, Reply, unreadable
 from serve_app.invocations import Invocations
 from serve_app.keys import Keys
+from serve_app.page import page
 from serve_app.problems import HttpProblem, busy, unprocessable
 from serve_app.recent import Recent
 from serve_app.tensors import Tensors
@@ -125,9 +124,9 @@ class Service:
             note.form = form.name
             _check_headers(headers, form)
             return await self._in_time(form, receive, headers, note)
-        if page := self._pages.get(path):
+        if found := self._pages.get(path):
             _allow(method, "GET", "HEAD")
-            return page
+            return found
         if ready := self._ready.get(path):
             _allow(method, "GET", "HEAD")
             # the model was loaded and checked before the first request could come; what is left to ask is room
@@ -198,29 +197,17 @@ def forms_of(model: Model) -> dict[str, Form]:
 
 def _pages(model: Model, tensors: Tensors) -> dict[str, Reply]:
     """What is answered to GET, by path, whatever the state of the queue."""
-    page = _page(Path(__file__).with_name("docs.html").read_bytes())
     signature = {"model": model.card, **msgspec.structs.asdict(model.signature)}
     alive = Reply(b'{"status":"ok"}')
     return {
-        "/": page,
-        "/docs": page,
+        "/": page("page"),
+        "/docs": page("docs"),
+        "/card": Reply(msgspec.json.encode(card(model, MAX_BODY_BYTES))),
         "/signature": Reply(msgspec.json.encode(signature)),
         "/openapi.json": Reply(msgspec.json.encode(openapi.document(model, tensors, MAX_BODY_BYTES))),
         **dict.fromkeys(("/healthz", "/ping", "/health"), alive),
         "/version": Reply(__version__.encode(), b"text/plain; charset=utf-8"),
     }
-
-
-def _page(html: bytes) -> Reply:
-    """A page that may run its own script, and load from and send to this server alone."""
-    script = html.partition(b"<script>")[2].partition(b"</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    fields = ((b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer"))
-    return Reply(html, b"text/html; charset=utf-8", fields)
 
 
 def _as_reply(problem: HttpProblem, path: str) -> Reply:

@@ -41,6 +41,8 @@ class Case:
     """The job's section."""
     model: dict[str, Any] = field(default_factory=dict)
     import_paths: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the job's section."""
     seed: int = 42
     hang_limit_s: float = 240
 
@@ -57,7 +59,7 @@ class Case:
             {
                 "name": "case",
                 "seed": self.seed,
-                "data": {"source": "rows.csv", "target": self.prepared.manifest.signature.target},
+                "data": {"source": "rows.csv", "target": self.prepared.manifest.signature.target, **self.data},
                 "model": self.model,
                 "train": self.train,
             }

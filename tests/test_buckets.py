@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from preparing import job, prepare_elsewhere
 from safetensors.torch import load_file
 from test_storage import counted, named
+from test_train_watch import events_in
 from typer.testing import CliRunner
 
 from raylway import cli, storage
@@ -43,10 +44,11 @@ from raylway.features.prepared import MANIFEST, Prepared
 from raylway.job.load import load_job
 from raylway.predict import predict
 from raylway.predict.output import output_of
-from raylway.runs import hold, journal
+from raylway.runs import hold, journal, pace
 from raylway.runs.progress import Reporter
 from raylway.runs.run import Run, all_runs, find_run, summary
 from raylway.storage import Address, Place, buckets
+from raylway.train import sinks
 
 ROWS = "n,word,y\n" + "".join(f"{n},w{n % 7},{'ab'[n % 2]}\n" for n in range(400)) + "x,w1,a\n3,w3,b\n3,w3,b\n"
 
@@ -132,6 +134,25 @@ def test_a_writer_whose_successor_has_begun_is_not_heard(root: Address) -> None:
     second.sync()
     assert journal.read(root / "metrics.jsonl") == b"1\n2\n"
     assert tail.new() == [b"2"] and tail.new() == []
+
+
+@both_stores
+def test_what_tensorboard_shows_of_a_bucket_is_that_of_a_folder(
+    root: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two starts, the second of which goes on behind step 15; a full object follows another."""
+    monkeypatch.setattr(sinks, "_OBJECT_BYTES", 400)
+    for place in (root, tmp_path):
+        for first, last in ((1, 20), (16, 30)):
+            sink = sinks.TensorBoard(place / sinks.FOLDER, first - 1)
+            for step in range(first, last + 1):
+                sink.write({"kind": "step", "step": step, "loss": 1 / step, "time": pace.now()})
+                if step % 5 == 0:
+                    sink.flush()
+    for place in (root, tmp_path):
+        shown = [(event.step, value.simple_value) for event in events_in(place) for value in event.summary.value]
+        assert shown == [(step, float(np.float32(1 / step))) for step in range(1, 31)]
+    assert len(storage.children(root / sinks.FOLDER)) > 4
 
 
 def test_events_of_many_processes_are_all_kept(root: Address) -> None:

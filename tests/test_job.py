@@ -54,7 +54,7 @@ def test_the_keys_are_these() -> None:
         data.transform.categories data.transform.rare data.transform.columns
         data.clean data.clean.missing data.clean.duplicates data.clean.invalid data.clean.max_invalid
         data.clean.infinite
-        data.split data.split.by data.split.column data.split.at data.split.validation data.split.test
+        data.split data.split.by data.split.column data.split.at data.split.validation data.split.test data.balance
         model model.kind model.hidden model.dropout model.compile model.args
         train train.for train.global_batch train.microbatch train.precision
         train.optimizer train.optimizer.kind train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
@@ -62,7 +62,7 @@ def test_the_keys_are_these() -> None:
         train.optimizer.spike train.optimizer.spike.then train.optimizer.spike.deviations train.optimizer.spike.window
         train.schedule train.schedule.kind train.schedule.warmup train.schedule.every train.schedule.gamma
         train.schedule.decay
-        train.clip train.balance train.workers train.resources train.resources.cpus train.resources.gpus
+        train.clip train.workers train.resources train.resources.cpus train.resources.gpus
         train.parallel train.parallel.shard train.parallel.tensor train.parallel.pipeline train.parallel.schedule
         train.checkpoint train.checkpoint.every train.checkpoint.keep
         train.validate train.validate.every train.validate.best train.validate.patience
@@ -78,10 +78,9 @@ def test_every_key_is_documented() -> None:
 
 
 def test_no_section_has_more_than_twelve_keys() -> None:
-    """But `train`, which has one more."""
     keys = every_key(Job)
     for section in {key.rpartition(".")[0] for key in keys}:
-        assert sum(key.rpartition(".")[0] == section for key in keys) <= 12 + (section == "train"), section
+        assert sum(key.rpartition(".")[0] == section for key in keys) <= 12, section
 
 
 def test_a_four_line_job_has_defaults(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ with start.connect(Reporter(), [str(Path.cwd() / "modules")]) as have:
         print("not for people", file=sys.stderr, flush=True)
         return os.environ.get("RAY_AUTH_MODE")
 
+    client = ray._private.worker.global_worker.gcs_client
+    ray._private.utils.publish_error_to_driver("made", "not for people", gcs_client=client)
     print("mode", ray.get(work.remote()), "cpus", have.cpus == ray.cluster_resources()["CPU"], flush=True)
     time.sleep(300)
 """
@@ -77,7 +79,8 @@ def processes(mark: str) -> list[str]:
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
-    """A process of a user who has no token yet, inside `connect`, with a worker that has run."""
+    """A process of a user who has no token yet, inside `connect`, with a worker that has run. Its standard output is
+    for results, whatever Ray has to say."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "mine.py").write_text("WORD = 'a word of the user'\n")
     mark = tmp_path.name

@@ -18,6 +18,11 @@ import pytest
 from commands import REPOSITORY, environment, raylway
 from sklearn import metrics
 from sklearn.datasets import load_digits
+from stores import Bucket
+from test_storage import named
+
+from raylway.storage import children
+from raylway.storage import place as at
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -82,12 +87,15 @@ def test_killed_at_random_moments_the_same_command_ends_in_the_same_bits(tmp_pat
     assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
 
 
-def verified(folder: Path, model: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def verified(
+    folder: Path, model: str, *more: str, storage: str = "runs"
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """`raylway verify-resume` of a small job, and what it found."""
     digits = load_digits(as_frame=True).frame
     digits.to_csv(folder / "rows.csv", index=False)
     (folder / "job.yaml").write_text(
-        f"name: verified\ndata: {{source: rows.csv, target: target, features: {{categorical: [pixel_0_1]}}}}\n"
+        f"name: verified\nstorage: {storage}\n"
+        f"data: {{source: rows.csv, target: target, features: {{categorical: [pixel_0_1]}}}}\n"
         f"model: {model}\ntrain: {{for: 60 epochs, global_batch: 32, {', '.join(more)}}}\n"
     )
     done = raylway("verify-resume", "job.yaml", "--kills", "2", "--seed", "7", "--json", folder=folder, timeout=900)
@@ -108,6 +116,23 @@ def test_a_job_is_shown_to_resume_exactly(tmp_path: Path, workers: int) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared"]
 
 
+def test_a_job_in_a_bucket_is_shown_to_resume_exactly(
+    tmp_path: Path, s3_server: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow enough for its steps to be seen before it ends."""
+    monkeypatch.setenv("RAYLWAY_CACHE", str(tmp_path / "cache"))
+    place = named(monkeypatch, s3_server).address("verified")
+    (tmp_path / "loose.py").write_text(LOOSE.replace("(1 + os.urandom(1)[0] / 1000)", "(1 + (time.sleep(0.02) or 0))"))
+    done, found = verified(tmp_path, '{kind: "loose:build"}', storage=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(kill["aimed_at"] <= kill["step"] < found["steps"] for kill in found["kills"])
+    assert any(kill["resumed_from"] for kill in found["kills"])
+    assert not any(each["different"] for each in found["compared"])
+    counts = {each["what"]: each["count"] for each in found["compared"]}
+    assert counts["global batches"] == found["steps"] and counts["weights"]
+    assert [each.name for each in children(at(place))] == ["prepared"]
+
+
 def test_a_model_with_random_numbers_of_its_own_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "loose.py").write_text(LOOSE)
     done, found = verified(tmp_path, '{kind: "loose:build"}')
@@ -119,6 +144,7 @@ def test_a_model_with_random_numbers_of_its_own_is_found_out(tmp_path: Path) -> 
 
 LOOSE = """
 import os
+import time
 import torch
 
 class Loose(torch.nn.Linear):

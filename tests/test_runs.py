@@ -105,14 +105,12 @@ def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     for storage_name in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "/proc/nothing"):
         with pytest.raises(UserError, match="can't be written"):
-            storage.prepare_folder(storage_name)
-    with pytest.raises(UserError, match="must be a folder"):
-        storage.prepare_folder("s3://bucket/runs")
+            storage.prepare_root(storage_name)
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert storage.prepare_folder("~/runs") == tmp_path / "runs"
+    assert storage.prepare_root("~/runs") == tmp_path / "runs"
 
 
 def test_a_user_without_a_name_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import asking
 import httpx
 import leaving
-import made as making
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -35,11 +34,6 @@ from serve_app import app as serve_app
 from serve_app import service
 from serve_app.keys import Keys
 from serve_app.service import Service
-
-
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +243,7 @@ def test_paths_and_methods(client: httpx.Client) -> None:
     for path in ("/", "/docs"):
         page = client.get(path)
         assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert "/predict" in page.text
+        assert "predict" in page.text
     assert strict(client.get("/healthz")) == {"status": "ok"}
     assert strict(client.get("/readyz"))["status"] == "ready"
     signature = strict(client.get("/signature"))

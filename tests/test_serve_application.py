@@ -25,20 +25,9 @@ from raylway.bundle import contents
 from raylway.bundle.predictor import Predictor
 from raylway.errors import UserError
 from serve_app import app as serve_app
-from serve_app import batching, keys, service
+from serve_app import batching, keys
 from serve_app.keys import Keys
 from serve_app.service import Service
-
-
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
-
-
-@pytest.fixture(scope="module")
-def client(fruit: Path) -> Iterator[httpx.Client]:
-    with asking.local(Service(Predictor(fruit), 64)) as found:
-        yield found
 
 
 @pytest.fixture
@@ -175,12 +164,6 @@ def test_a_model_that_raises_is_a_failure_with_a_reason(fruit: Path) -> None:
     with asking.local(Service(predictor, 64)) as client:
         status, answer = ask(client, GOOD)
     assert (status, answer["detail"]) == (500, "the model raised KeyError")
-
-
-def test_the_page_needs_nothing_from_elsewhere() -> None:
-    page = Path(service.__file__).with_name("docs.html").read_text()
-    assert "http://" not in page
-    assert "https://" not in page
 
 
 @pytest.mark.parametrize(

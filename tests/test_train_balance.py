@@ -122,14 +122,15 @@ def test_any_division_of_a_balanced_batch_gives_its_gradient(tmp_path: Path, wor
                 "microbatch": math.ceil(math.ceil(batch / workers) / passes),
                 "clip": None,
                 "optimizer": {"kind": "sgd", "lr": 0.5},
-                "balance": balance,
             }
             folder = tmp_path / f"{balance}-{batch}-{passes}"
-            cases.append(ranks.Case(folder, prepared, train, {"kind": "user_models:net"}, [FOLDER]))
+            cases.append(
+                ranks.Case(folder, prepared, train, {"kind": "user_models:net"}, [FOLDER], {"balance": balance})
+            )
     reports = ranks.run(*(case.assignment(workers) for case in cases), workers=workers, folder=tmp_path)[0]
     for case, report in zip(cases, reports, strict=True):
         assert report.failure is None, report.failure
-        expected, losses = plain(prepared, 5, case.plan(workers).global_batch, case.train["balance"])
+        expected, losses = plain(prepared, 5, case.plan(workers).global_batch, case.data["balance"])
         for name, value in expected.items():
             np.testing.assert_allclose(case.weights(report.last_checkpoint)[name], value, rtol=0, atol=1e-10)
         np.testing.assert_allclose([step["loss"] for step in case.steps()], losses, rtol=1e-10)
@@ -141,15 +142,14 @@ def test_broken_off_and_resumed_it_ends_with_the_same_bits(tmp_path: Path, balan
     train = {
         "for": "3 epochs",
         "global_batch": 4,
-        "balance": balance,
         "checkpoint": {"every": "1 steps", "keep": 2},
     }
-    whole = ranks.Case(tmp_path / "whole", prepared, train)
+    whole = ranks.Case(tmp_path / "whole", prepared, train, data={"balance": balance})
     expected = ranks.done(whole, 2)
-    broken = ranks.Case(tmp_path / "broken", prepared, train | {"for": "10 steps"})
+    broken = ranks.Case(tmp_path / "broken", prepared, train | {"for": "10 steps"}, data=whole.data)
     first = ranks.done(broken, 2)
     assert first.step == 10
-    again = ranks.Case(tmp_path / "broken", prepared, train)
+    again = ranks.Case(tmp_path / "broken", prepared, train, data=whole.data)
     report = ranks.done(again, 2)
     assert report.step == expected.step == 18
     found, wanted = again.weights(report.last_checkpoint), whole.weights(expected.last_checkpoint)
@@ -160,17 +160,18 @@ def test_a_rare_class_is_found_more_often_and_validation_weighs_it(tmp_path: Pat
     prepared = skewed(tmp_path / "prepared", 600, 210, every=21)
     recall, losses = {}, {}
     for balance in ("none", "weights", "resample"):
-        train = {"for": "40 epochs", "optimizer": {"lr": 0.01}, "balance": balance}
-        case = ranks.Case(tmp_path / balance, prepared, train, {"kind": "user_models:net"}, [FOLDER])
+        train = {"for": "40 epochs", "optimizer": {"lr": 0.01}}
+        model = {"kind": "user_models:net"}
+        case = ranks.Case(tmp_path / balance, prepared, train, model, [FOLDER], {"balance": balance})
         report = ranks.done(case)
-        model = net(2, [3], 2)
-        model.load_state_dict(
+        trained = net(2, [3], 2)
+        trained.load_state_dict(
             {name: torch.from_numpy(value) for name, value in case.weights(report.last_checkpoint).items()}
         )
         for split in ("validation", "test"):
             numeric, categorical, truth, _ = prepared.rows(split).take(np.arange(len(prepared.rows(split))))
             with torch.no_grad():
-                output = model(torch.from_numpy(numeric), torch.from_numpy(categorical).long())
+                output = trained(torch.from_numpy(numeric), torch.from_numpy(categorical).long())
             recall[balance] = (output.argmax(1).numpy()[truth == 0] == 0).mean()
             if split == "validation":
                 counts = prepared.manifest.classes["train"]
@@ -184,10 +185,11 @@ def test_a_rare_class_is_found_more_often_and_validation_weighs_it(tmp_path: Pat
 
 
 def test_numbers_cannot_be_balanced(tmp_path: Path) -> None:
-    case = ranks.Case(tmp_path, ranks.prepared(tmp_path / "prepared", 23, target="v"), {"balance": "weights"})
+    prepared = ranks.prepared(tmp_path / "prepared", 23, target="v")
+    case = ranks.Case(tmp_path, prepared, {}, data={"balance": "weights"})
     with pytest.raises(UserError, match="only classes can be balanced") as raised:
         case.plan(1)
-    assert raised.value.where == "train.balance"
+    assert raised.value.where == "data.balance"
 
 
 def test_it_is_said_what_was_done() -> None:

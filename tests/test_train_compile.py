@@ -82,6 +82,22 @@ def test_what_can_not_be_compiled_runs_as_it_is(tmp_path: Path, rank: int | None
     assert_same(plain, compiled, reports[0].last_checkpoint)
 
 
+@pytest.mark.long
+def test_a_graph_that_fails_at_a_later_step_is_given_up_by_its_rank_alone(tmp_path: Path) -> None:
+    """Five passes were made with it, and one before the first step."""
+    prepared = ranks.prepared(tmp_path / "prepared", 29, 10)
+    plain = case(tmp_path / "plain", prepared, {"kind": "user_models:late", "args": {"steps": 6, "rank": 1}})
+    compiled = case(tmp_path / "c", prepared, plain.model | {"compile": True})
+    reports = ranks.run(*(each.assignment(2) for each in (plain, compiled)), workers=2, folder=tmp_path)[0]
+    assert [report.failure for report in reports] == [None, None]
+    (told,) = events_of(compiled, "not compiled")
+    assert told["rank"] == 1
+    assert "user_models.py:" in told["reason"] and "in forward" in told["reason"]
+    (compiler,) = events_of(compiled, "compiler done")
+    assert compiler["time"] < told["time"]
+    assert_same(plain, compiled, reports[0].last_checkpoint)
+
+
 def test_without_a_compiler_it_runs_as_it_is(tmp_path: Path) -> None:
     prepared = ranks.prepared(tmp_path / "prepared", 29, 10)
     plain = case(tmp_path / "plain", prepared, {"kind": "user_models:without_compiler"})

@@ -21,6 +21,8 @@ from user_models import FOLDER
 
 from raylway.errors import UserError
 from raylway.job.schema import Job
+from raylway.runs import pace, starts
+from raylway.runs.run import Run
 from raylway.train import elastic, failures, resizing
 from raylway.train.plan import plan
 from raylway.train.resizing import ResizeWord
@@ -171,11 +173,20 @@ def test_a_healthy_group_is_asked_and_never_ended(tmp_path: Path, monkeypatch: p
     assert policy.make_decision_for_non_running_worker_group().num_workers == 3
     assert policy.look(4) is None and asked.exists()
 
+    # While there is room for too few, that is told once, and again when it is so again.
+    monkeypatch.setattr(elastic, "_WAIT_S", 0)
+    for nodes in (1, 1, 2, 1, 0):
+        policy.nodes = nodes
+        policy.make_decision_for_non_running_worker_group()
+    assert [line["event"] for line in pace.lines(Run(tmp_path).events)] == [starts.WAITS] * 2
+
     # A folder that can't be written is no reason to end a run.
     lost = Policy(config, tmp_path / "lost")
     lost.nodes = 4
     assert lost.look(3) is None
     lost.before_controller_execute_resize_decision(None)
+    lost.nodes = 1
+    lost.make_decision_for_non_running_worker_group()
 
 
 def test_ray_calls_what_the_policy_answers() -> None:

@@ -187,7 +187,7 @@ def test_what_else_the_job_asks_for_is_done_as_in_one_process(tmp_path: Path, wa
     scikit-learn and with torch's own optimizers."""
     prepared = ranks.prepared(tmp_path / "prepared", 34, 7)
     asked: dict[str, dict[str, Any]] = {
-        "classes": {"balance": "weights"},
+        "classes": {},
         "decay": {"optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1, "ema": 0.9}},
     }
     if "pipeline" in WAYS[way]:
@@ -196,7 +196,11 @@ def test_what_else_the_job_asks_for_is_done_as_in_one_process(tmp_path: Path, wa
     def cases(name: str, parallel: dict[str, Any]) -> list[ranks.Case]:
         train = SMALL | {"global_batch": 16, "microbatch": 4, "parallel": parallel}
         model = {"hidden": [8, 6], "dropout": 0}
-        return [ranks.Case(tmp_path / f"{name}-{key}", prepared, train | keys, model) for key, keys in asked.items()]
+        data = {key: {"balance": "weights"} if key == "classes" else {} for key in asked}
+        return [
+            ranks.Case(tmp_path / f"{name}-{key}", prepared, train | keys, model, data=data[key])
+            for key, keys in asked.items()
+        ]
 
     divided, plain = cases("divided", WAYS[way]), cases("plain", {})
     lasts = zip(trained(2, *divided), trained(1, *plain), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import re
 import struct
@@ -17,9 +18,12 @@ import ranks
 from tensorboardX.proto.event_pb2 import Event
 from user_models import FOLDER
 
+from raylway import storage
 from raylway.report import figures, speed
 from raylway.runs import pace, starts
-from raylway.train import sinks
+from raylway.runs.progress import Reporter
+from raylway.storage import Place
+from raylway.train import follow, sinks
 
 TRAIN = {
     "for": "4 epochs",
@@ -44,11 +48,12 @@ def at(line: dict[str, Any]) -> float:
     return datetime.datetime.fromisoformat(line["time"]).timestamp()
 
 
-def events_in(folder: Path) -> list[Event]:
+def events_in(folder: Place) -> list[Event]:
     """Of all TensorBoard files of a run, read by their format: length, 4 bytes, record, 4 bytes."""
     found = []
-    for path in sorted(folder.glob("tensorboard/events.out.tfevents.*")):
-        content, start = path.read_bytes(), 0
+    for place in storage.children(folder / "tensorboard"):
+        assert place.name.startswith("events.out.tfevents.")
+        content, start = place.read_bytes(), 0
         while start < len(content):
             (length,) = struct.unpack_from("<Q", content, start)
             found.append(Event.FromString(content[start + 12 : start + 12 + length]))
@@ -231,6 +236,27 @@ def test_stages_of_a_start_lie_between_its_events() -> None:
     assert list(other.stages.values()) == pytest.approx([2, 1, 3, 3, 2, 0.5])
     assert one.total_s == pytest.approx(13.5)
     assert other.total_s == pytest.approx(11.5)
+
+
+def test_a_wait_for_workers_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting_case = case(tmp_path / "run", tmp_path / "rows")
+    run, shown, asked = waiting_case.run, io.StringIO(), list[int]()
+
+    def free() -> tuple[float, float]:
+        asked.append(1)
+        return 0.5, 0.0
+
+    waiting = follow.Waiting(run, waiting_case.plan(2), free, Reporter("lines", shown))
+    run.log(starts.WAITS)
+    waiting.look()
+    assert not shown.getvalue(), "they may come at once"
+    monkeypatch.setattr(follow, "PATIENCE_S", 0.0)
+    told = "waiting for 2 workers of 1 CPU each; free now: 0.5 CPUs; Ctrl-C ends the wait\n"
+    for event, times in ((starts.ASKED, 1), (starts.ASKED, 1), (starts.ALIVE, 1), (starts.WAITS, 2)):
+        run.log(event)
+        waiting.look()
+        assert shown.getvalue() == told * times
+    assert len(asked) == 2
 
 
 def test_ray_exports_the_newest_figures(ray_session: None) -> None:

@@ -131,9 +131,10 @@ def _do(acts: dict[str, Any]) -> None:
                 time.sleep(0.01)
         case "fill":
             held = []
-            while True:
+            while len(held) * 50_000_000 < acts["most"]:
                 held.append(bytearray(b"1" * 50_000_000))
                 time.sleep(0.02)
+            threading.Event().wait()
         case "hang":
             threading.Event().wait()
         case "hold":
@@ -155,8 +156,8 @@ def watched(
     """Args:
     act: `kill`, once the checkpoint in flight is written; `raise`, `fault`; `sleep` for `seconds` in each pass; `mark`,
         no more than the file of `once`; `wait` until there is a file as `once` with `.goes-on` behind it; `full`: from
-        here on this process can write no file of more than 64 KiB, and a checkpoint is larger; `fill` the memory;
-        `hang`; or `hold` on to Python's lock.
+        here on this process can write no file of more than 64 KiB, and a checkpoint is larger; `fill` the memory, but
+        with `most` bytes at most; `hang`; or `hold` on to Python's lock.
     at: On which forward pass of the process.
     rank: Of which rank; all if left out.
     until: On which pass there is room again, after the checkpoint in flight has failed.
@@ -261,6 +262,28 @@ class Branching(Net):
 
 def branching(num_numeric: int, category_counts: list[int], num_outputs: int, rank: int | None) -> nn.Module:
     return Branching(num_numeric, num_outputs, rank)
+
+
+class Late(Net):
+    """As `Branching`, but not before some steps were made: until then it is one graph."""
+
+    def __init__(self, width: int, outputs: int, steps: int, rank: int) -> None:
+        super().__init__(width, outputs)
+        self.looks, self._left = False, steps if rank == _rank() else math.inf
+        self.out.bias.register_hook(self._count)
+
+    def _count(self, _: torch.Tensor) -> None:
+        self._left -= 1
+        self.looks = self._left <= 0
+
+    def forward(self, numeric: torch.Tensor, categorical: torch.Tensor) -> torch.Tensor:
+        if self.looks and self.out.bias.sum().item() > 1e9:
+            raise OverflowError
+        return super().forward(numeric, categorical)
+
+
+def late(num_numeric: int, category_counts: list[int], num_outputs: int, steps: int, rank: int) -> nn.Module:
+    return Late(num_numeric, num_outputs, steps, rank)
 
 
 def without_compiler(num_numeric: int, category_counts: list[int], num_outputs: int) -> nn.Module:

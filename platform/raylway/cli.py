@@ -271,6 +271,26 @@ def serve(  # noqa: PLR0913, PLR0917 - a parameter is an option
 
 
 @app.command()
+def export(
+    run: RunName,
+    format_: Annotated[str, typer.Option("--format", help="onnx, or torch-export.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to; NAME-VERSION.onnx or .pt2 here.")
+    ] = None,
+    storage: Storage = "runs",
+) -> None:
+    """Write a run's model with its transform as one file for other runtimes, checked against the bundle."""
+    from raylway.export.export import export as write
+    from raylway.runs.run import find_run
+    from raylway.storage import existing_root
+
+    done = write(find_run(existing_root(storage), run, with_bundle=True).bundle, format_, output)
+    print(done.place)
+    differ = f"differ by at most {done.largest_difference:.1g}"
+    print(f"checked: its answers to {done.rows} rows and those of the bundle {differ}", file=sys.stderr)
+
+
+@app.command()
 def submit(
     job: JobFile,
     address: Annotated[str | None, typer.Option(help="The cluster, such as http://127.0.0.1:8265.")] = None,

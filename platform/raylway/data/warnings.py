@@ -163,7 +163,7 @@ def _small_classes(subject: Subject) -> Iterator[str]:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         yield (
             f"few training rows of some classes of {subject.target!r}: {', '.join(small[:5])}{more}; the model hardly "
-            f"learns them and their metrics are noise. Collect more, join small classes, or see train.balance"
+            f"learns them and their metrics are noise. Collect more, join small classes, or see data.balance"
         )
 
 

@@ -189,6 +189,9 @@ class Data(Section):
     transform: Transform = Transform()
     clean: Clean = Clean()
     split: Split = Split()
+    balance: Literal["none", "weights", "resample"] = "none"
+    """Training with classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class);
+    `resample` draws each class equally often, with as many rows an epoch as there are."""
 
 
 class Model(Section):

@@ -142,9 +142,6 @@ class Train(Section):
     schedule: Schedule = Schedule()
     clip: Annotated[Real, Field(gt=0)] | None = 1.0
     """Largest global norm of the gradient; `null` turns clipping off."""
-    balance: Literal["none", "weights", "resample"] = "none"
-    """Classes of unequal size: `weights` weighs each row's loss by rows / (classes * rows of its class); `resample`
-    draws each class equally often, with as many rows an epoch as there are."""
     workers: Count | Elastic | Auto = "auto"
     """Training processes, those that share a copy of the model included. `auto`: one for each GPU of the cluster, or as
     few as `parallel` needs. `{min: 1, max: 4}`: as many of these as there is room for, at each moment."""

@@ -62,6 +62,13 @@ class Capacity(msgspec.Struct, frozen=True):
     def gpus(self) -> float:
         return sum(node.gpus for node in self.nodes)
 
+    def free(self) -> tuple[float, float]:
+        """CPUs and GPUs of the connected Ray that nobody has taken now."""
+        import ray
+
+        now = ray.available_resources()
+        return now.get("CPU", 0.0), now.get("GPU", 0.0)
+
     @property
     def hosts(self) -> int:
         """Machines, by address: two Ray nodes on one machine count once."""

@@ -82,9 +82,9 @@ class Findings:
             + (f", averaged with {job.optimizer.ema:g}" if job.optimizer.ema else "")
             + (f", {job.optimizer.spike.then} at a spike" if job.optimizer.spike.then != "ignore" else "")
         )
-        if job.balance == "weights":
+        if self.loaded.job.data.balance == "weights":
             yield "balance     the loss of a row weighs rows / (classes x rows of its class)"
-        if job.balance == "resample":
+        if self.loaded.job.data.balance == "resample":
             drawn = self.sample.train // max(1, len(self.sample.classes))
             yield f"balance     an epoch draws about {drawn:,} rows of each of {len(self.sample.classes)} classes"
         patience = f", stop after {job.validation.patience} without a better one" if job.validation.patience else ""

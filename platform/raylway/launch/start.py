@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -84,7 +84,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
         return
     address = _address()
     before = signal.getsignal(signal.SIGTERM)
-    with temporary_folder(reporter) as folder:
+    with temporary_folder(reporter) as folder, ExitStack() as stack:
         try:
             with reporter.stage("ray") as stage:
                 if address:
@@ -93,6 +93,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
                     auth.prepare_local()
                 _set(_SETTINGS | (_CLUSTER_SETTINGS if address else _EMBEDDED_SETTINGS))
                 importlib.import_module("ray")  # it reads some of them when it is imported
+                stack.enter_context(_shown_by(reporter))
                 threading.Thread(target=lambda: [importlib.import_module(name) for name in ahead]).start()
                 if address:
                     _join(address, runtime_env=worker_setup.runtime_env(import_paths))
@@ -100,7 +101,6 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
                     _start(folder, import_paths)
                 have = capacity(joined=bool(address))
                 stage.finish(f"{'joined ' + address if address else 'embedded'}: {have.describe()}")
-            _show_prints(reporter)
             with ended_by_sigterm():  # Ray has put its own handler there
                 yield have
         finally:
@@ -217,21 +217,27 @@ def _unreachable(address: str, found: str) -> UserError:
     )
 
 
-def _show_prints(reporter: Reporter) -> None:
+@contextmanager
+def _shown_by(reporter: Reporter) -> Iterator[None]:
     """Show what user code prints in workers, one line each, and nothing of Ray's own talk.
 
-    Ray and its libraries talk on standard error, which stays in Ray's log files. The dispatcher is an interface inside
-    Ray; held by a test.
+    Ray and its libraries talk on standard error, which stays in Ray's log files; but what Ray has to say itself
+    (`(raylet) ...`) it would print on standard output, which is for results. What is replaced here prints all that Ray
+    shows, from any of its threads; an interface inside Ray, held by a test.
     """
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    from ray._private import worker
 
-    def show(batch: LogBatch) -> None:
-        if not batch["is_err"] and batch["pid"] not in ("raylet", "autoscaler"):
-            for line in filter(str.strip, batch["lines"]):
-                reporter.note(f"worker {batch['pid']}: {line}")
+    def show(data: LogBatch, ignore_prefix: bool) -> None:
+        if not data["is_err"] and data["pid"] not in ("raylet", "autoscaler"):
+            for line in filter(str.strip, data["lines"]):
+                reporter.note(f"worker {data['pid']}: {line}")
 
-    dispatcher.remove_handler("ray_print_logs")
-    dispatcher.add_handler("ray_print_logs", show)
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = show
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """`raylway verify-resume`: proof that a job killed at random steps ends where the unbroken one does, to the last bit.
 
 The job is trained twice by the same command that users give, on the same prepared data: once whole, once with SIGKILL
-sent to the command at random steps and the command given again each time. Compared are the rows of every global batch
-(as `train.feed.loader` has read them), every loss, rate and gradient norm, and the last checkpoint's weights and
-optimizer state.
+sent to the command at random steps and the command given again at once each time. Compared are the rows of every global
+batch (as `train.feed.loader` has read them), every loss, rate and gradient norm, and the last checkpoint's weights and
+optimizer state. Both are jobs under names of their own in the job's storage, removed at the end.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import xxhash
@@ -25,21 +25,24 @@ import xxhash
 from raylway import pipeline, storage
 from raylway.errors import RunFailed, UserError
 from raylway.job.load import LoadedJob
+from raylway.runs import journal, pace, starts
+from raylway.runs.pace import Line
 from raylway.runs.progress import Reporter, Stage
-from raylway.runs.run import PREPARED, Run, all_runs
+from raylway.runs.run import Run
 
 if TYPE_CHECKING:
     import torch
 
 _SAVES = 10
 """Checkpoints in the whole of training, so that a resumed run goes on from somewhere."""
-_LOOK_EVERY_S = 0.01
+_LOOK_EVERY_S, _ASK_EVERY_S = 0.01, 1.0
+"""In a folder, and in a bucket, where each look is several requests."""
 _FIGURES = {"global batches": "batch", "losses": "loss", "learning rates": "lr", "gradient norms": "grad_norm"}
 _LAST_KILL = 0.9
 """Share of the steps before which kills are aimed: the rest is there to be resumed."""
 _TAIL_BYTES = 1 << 14
-_GONE_S = 4.0
-"""After a SIGKILL of its driver an embedded Ray ends within 3 s."""
+_LONGEST_NAME = 100
+"""Of a job."""
 
 
 class Kill(msgspec.Struct, frozen=True):
@@ -47,9 +50,9 @@ class Kill(msgspec.Struct, frozen=True):
 
     aimed_at: int
     step: int
-    """The last step in the metrics when the command was gone."""
+    """The last step in the metrics when the next command went on."""
     resumed_from: int
-    """The step of the checkpoint that the next command went on from; 0 for the start."""
+    """The step of the checkpoint that it went on from; 0 for the start."""
 
 
 class Compared(msgspec.Struct, frozen=True):
@@ -99,10 +102,11 @@ def verify_resume(
         UserError: The job is wrong, or trains for too few steps.
         RunFailed: A training fails, or ends before it could be killed.
     """
-    root = storage.prepare_folder(loaded.job.storage)
+    root = storage.prepare_root(loaded.job.storage)
     pipeline.run(loaded, reporter, "prepare")
-    with storage.scratch_folder(root, "verify-resume") as folder:
-        whole = _Training(folder / "whole", root, job, overrides)
+    mark = f".verify-{secrets.token_hex(4)}"
+    name = loaded.job.name[: _LONGEST_NAME - len(f"{mark}-broken")] + mark
+    with storage.scratch(root, name) as logs, _Training(f"{name}-whole", root, job, overrides, logs) as whole:
         with reporter.stage("whole") as stage:
             whole.run_to_end(stage)
             steps = whole.last_step()
@@ -119,39 +123,46 @@ def verify_resume(
         reporter.note(f"kills are drawn with --seed {seed}")
         aims = sorted(random.Random(seed).sample(range(1, max(2 + kills, int(_LAST_KILL * steps))), kills))
         every = f"train.checkpoint.every={-(-steps // _SAVES)} steps"
-        broken = _Training(folder / "broken", root, job, [*overrides, every])
-        done = []
-        with reporter.stage("broken") as stage:
-            for aim in aims:
-                step = broken.run_and_kill(aim, stage)
-                done.append(Kill(aim, step, broken.newest_step()))
-            broken.run_to_end(stage)
-            stage.finish(f"killed after the steps {', '.join(str(kill.step) for kill in done)}")
-        return Verification(steps, done, list(_compared(whole.trained, broken.trained)))
+        with _Training(f"{name}-broken", root, job, [*overrides, every], logs) as broken:
+            with reporter.stage("broken") as stage:
+                for aim in aims:
+                    broken.run_and_kill(aim, stage)
+                broken.run_to_end(stage)
+                done = [Kill(aim, *found) for aim, found in zip(aims, broken.resumed(), strict=True)]
+                stage.finish(f"killed after the steps {', '.join(str(kill.step) for kill in done)}")
+            return Verification(steps, done, list(_compared(whole.trained, broken.trained)))
 
 
 class _Training:
-    """One of the two: `raylway train` with a storage folder of its own and the prepared data of the other.
+    """One of the two: `raylway train` of the job under another name, whose runs are removed at the end of the block.
 
     Args:
-        folder: Its storage folder, made here.
-        root: The job's own, where the prepared data is.
+        name: The other name.
+        root: The job's storage, where the prepared data is.
         job: The job file.
         overrides: Of the command.
+        logs: A folder for what the commands print.
     """
 
-    def __init__(self, folder: Path, root: Path, job: Path, overrides: list[str]) -> None:
-        folder.mkdir()
-        (folder / PREPARED).symlink_to(root / PREPARED)
-        self._folder = folder
-        words = [word for each in [*overrides, f"storage={folder}"] for word in ("--set", each)]
+    def __init__(self, name: str, root: storage.Place, job: Path, overrides: list[str], logs: Path) -> None:
+        self._folder = root / name
+        words = [word for each in [*overrides, f"name={name}"] for word in ("--set", each)]
         self._command = [sys.executable, "-m", "raylway", "train", str(job), *words, "--json"]
-        self._log = folder / "log"
+        self._log = logs / name
+        self._look_every_s = _LOOK_EVERY_S if isinstance(root, Path) else _ASK_EVERY_S
+        self._launches: list[str] = []
+        """The killed commands, by the name that each has in the run's events."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        storage.remove(self._folder)
 
     @property
     def trained(self) -> Run:
-        (run,) = all_runs(self._folder)
-        return run
+        (folder,) = storage.children(self._folder)
+        return Run(folder)
 
     def run_to_end(self, stage: Stage) -> None:
         """Give the command and wait.
@@ -162,44 +173,57 @@ class _Training:
         with self._started() as process:
             while process.poll() is None:
                 self._show(stage)
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(self._look_every_s)
         if process.returncode:
             raise RunFailed(f"`raylway train` ended with {process.returncode}: {self._said()}")
 
-    def run_and_kill(self, step: int, stage: Stage) -> int:
-        """Give the command, send SIGKILL once a step is made, and wait until Ray is gone; returns the last step made.
+    def run_and_kill(self, step: int, stage: Stage) -> None:
+        """Give the command, and send SIGKILL once its own workers are at work and a step is made.
 
         Raises:
             RunFailed: The command ended by itself before.
         """
         with self._started() as process:
+            # Workers of the command before may live on for a moment, and what they make is not of this one.
+            while not self._is_at_work() and process.poll() is None:
+                time.sleep(self._look_every_s)
             while self.last_step() < step and process.poll() is None:
                 self._show(stage)
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(self._look_every_s)
             process.kill()
         if process.returncode != -signal.SIGKILL:
             raise RunFailed(
                 f"`raylway train` ended with {process.returncode} before it could be killed at step {step}: "
                 f"{self._said()}"
             )
-        time.sleep(_GONE_S)
-        return self.last_step()
+        self._launches = _launches(self._events())
+
+    def resumed(self) -> Iterator[tuple[int, int]]:
+        """For each kill the last step before it, and the step of the checkpoint that the next command went on from."""
+        events = self._events()
+        for launch in _launches(events)[1:]:
+            begun = [line for line in events if line["event"] == pace.STARTED and line["launch"] == launch]
+            attempts = [line["attempt"] for line in begun]
+            lost = [line for line in events if line["event"] == pace.CONTINUES and line["attempt"] in attempts]
+            yield begun[0]["from_step"] + (lost[0]["lost_steps"] if lost else 0), begun[0]["from_step"]
 
     def last_step(self) -> int:
         """The last step in the metrics; 0 before the first."""
-        for run in all_runs(self._folder):
-            if size := storage.size(run.metrics):
-                tail = storage.read_range(run.metrics, max(0, size - _TAIL_BYTES), size)
-                lines = _lines(tail.partition(b"\n")[2])
-                return next((line["step"] for line in reversed(lines) if line["kind"] == "step"), 0)
-        return 0
+        steps = (line["step"] for run in self._runs() for line in _last_lines(run.metrics) if line["kind"] == "step")
+        return max(steps, default=0)
 
-    def newest_step(self) -> int:
-        """The step of the newest whole checkpoint; 0 for none."""
-        from raylway.train import checkpoint
+    def _is_at_work(self) -> bool:
+        """Whether a command's workers have begun, after all that were killed."""
+        events = self._events()
+        new = [at for at, line in enumerate(events) if line.get("launch", "") not in ("", *self._launches)]
+        return bool(new) and any(line["event"] == starts.ASSEMBLED for line in events[new[0] :])
 
-        found = checkpoint.newest(self.trained, {})
-        return found.manifest.step if found else 0
+    def _events(self) -> list[Line]:
+        return [line for run in self._runs() for line in pace.lines(run.events)]
+
+    def _runs(self) -> list[Run]:
+        """None before the first command has made it."""
+        return [Run(folder) for folder in storage.children(self._folder)]
 
     @contextmanager
     def _started(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -223,15 +247,25 @@ class _Training:
         return " ".join(lines[-3:])[-2000:]
 
 
-def _lines(text: bytes) -> list[dict[str, Any]]:
-    """The whole lines of metrics."""
-    return [msgspec.json.decode(line) for line in text.rpartition(b"\n")[0].splitlines()]
+def _launches(events: Iterable[Line]) -> list[str]:
+    """The commands whose workers have started, oldest first."""
+    return list(dict.fromkeys(line["launch"] for line in events if line["event"] == pace.STARTED))
+
+
+def _last_lines(metrics: storage.Place) -> Iterator[Line]:
+    """Of a run's metrics; in a bucket those that the newest start has sent."""
+    if isinstance(metrics, Path):
+        size = storage.size(metrics) or 0
+        text = storage.read_range(metrics, max(0, size - _TAIL_BYTES), size) if size else b""
+    else:
+        text = journal.newest(metrics)
+    yield from pace.decoded(text)
 
 
 def _compared(whole: Run, broken: Run) -> Iterator[Compared]:
     from raylway.train import checkpoint
 
-    logs = [_lines(run.metrics.read_bytes()) for run in (whole, broken)]
+    logs = [list(pace.lines(run.metrics)) for run in (whole, broken)]
     steps = [[line for line in lines if line["kind"] == "step"] for lines in logs]
     yield _difference("steps, each once", *({place: line["step"] for place, line in enumerate(each)} for each in steps))
     for what, key in _FIGURES.items():

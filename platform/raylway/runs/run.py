@@ -61,6 +61,10 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     stages: dict[str, StageRecord] = {}
 
 
+# Looked up before there are threads: where several are the first to decode a type, msgspec 0.22 ends the process.
+msgspec.json.Decoder(RunRecord)
+
+
 class Run:
     """One run directory.
 

@@ -9,6 +9,8 @@ import msgspec
 from raylway.runs.pace import CONTINUES, STARTED, Line, seconds_of
 
 FIT, CONTROLLER, ASKED, ALIVE = "training asked for", "controller ready", "workers asked for", "workers alive"
+WAITS = "too few workers"
+"""There is room for fewer than the fewest that may start; then workers are not even asked for."""
 GROUP, ASSEMBLED, FIRST_STEP = "group ready", "attempt assembled", "first step"
 STAGES = {
     CONTROLLER: "controller",

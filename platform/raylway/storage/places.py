@@ -65,27 +65,6 @@ def prepare_root(storage: str) -> Place:
     return root
 
 
-def prepare_folder(storage: str) -> Path:
-    """As `prepare_root`, for what works in folders only.
-
-    Raises:
-        UserError: It is an address, or can't be written.
-    """
-    if "://" in storage:
-        refuse_credentials(storage, "storage")
-        raise UserError(
-            "storage must be a folder",
-            where="storage",
-            expected="a path without ://",
-            found=storage,
-            fix="name a folder that every node of the cluster sees, such as /shared/runs",
-        )
-    root = place(storage)
-    assert isinstance(root, Path)
-    folders.require_writable(root)
-    return root
-
-
 def existing_root(storage: str) -> Place:
     """The place where runs are looked for; nothing is made.
 

@@ -163,7 +163,7 @@ def _validation(
     if plan.validate_every_steps is None:
         return None
     # Under `resample` training minimises what `weights` does, so validation weighs the classes under both.
-    weights = _weights(prepared) if job.train.balance != "none" else None
+    weights = _weights(prepared) if job.data.balance != "none" else None
     target, rows = prepared.manifest.transform.target, prepared.rows("validation", verify=True)
     order = Order([shard.rows for shard in prepared.shards("validation")], None)
     return Validation(Feed(rows, order, share, target, device, weights), target, groups, device)
@@ -172,11 +172,11 @@ def _validation(
 def _training_feed(job: Job, plan: Plan, prepared: Prepared, share: Share, device: torch.device) -> Feed:
     target, rows = prepared.manifest.transform.target, prepared.rows("train", verify=True)
     order: Order | Balanced
-    if job.train.balance == "resample":
+    if job.data.balance == "resample":
         order = Balanced(rows.targets(), len(target.classes), job.seed)
     else:
         order = Order([shard.rows for shard in prepared.shards("train")], job.seed, plan.lanes)
-    weights = _weights(prepared) if job.train.balance == "weights" else None
+    weights = _weights(prepared) if job.data.balance == "weights" else None
     return Feed(rows, order, share, target, device, weights)
 
 

@@ -25,6 +25,8 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raylway.errors import RunFailed, UserError
+from raylway.runs import starts
+from raylway.runs.run import Run
 from raylway.storage import Place
 from raylway.train.plan import Plan
 from raylway.train.resizing import ResizeWord
@@ -76,6 +78,7 @@ class AskingPolicy(ElasticScalingPolicy):
     def __init__(self, config: ScalingConfig, run_folder: Place) -> None:
         super().__init__(config)
         self._run_folder = run_folder
+        self._waits = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         """Without the nodes that are about to be taken away: Ray places nothing there any more."""
@@ -85,7 +88,11 @@ class AskingPolicy(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision):
+        waited, self._waits = self._waits, isinstance(decision, NoopDecision)
+        if self._waits:
+            if not waited:
+                with suppress(*_REFUSALS):
+                    Run(self._run_folder).log(starts.WAITS)
             time.sleep(_WAIT_S)
         return decision
 

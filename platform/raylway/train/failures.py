@@ -71,6 +71,10 @@ class Failure(msgspec.Struct, frozen=True):
         return UserError(*self.text) if self.kind == "user" else RunFailed(*self.text)
 
 
+# Looked up before there are threads: where several are the first to decode a type, msgspec 0.22 ends the process.
+msgspec.json.Decoder(tuple[Attempt, Failure])
+
+
 def begin(run: Run, launch: str, from_step: int, workers: int, used: int) -> int:
     """Record a start and return its attempt number. Called by rank 0 only.
 

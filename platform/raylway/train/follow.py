@@ -1,14 +1,16 @@
-"""Shows what rank 0 appends to `metrics.jsonl`, without a word between the processes."""
+"""Shows what rank 0 appends to `metrics.jsonl`, and for what it waits, without a word between the processes."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from raylway.runs import journal, pace
+from raylway.runs import journal, pace, starts
 from raylway.runs.pace import Line
 from raylway.runs.progress import Reporter, Stage
 from raylway.runs.run import Run
@@ -18,6 +20,8 @@ _WINDOW = 200
 """Newest steps that speed is shown of."""
 _BEHIND = 0.1
 """A rank that takes longer than the median one by this share of a step is named."""
+PATIENCE_S = 15.0
+"""How long workers may take to come before a word is said: placing them and starting their processes takes some 10."""
 
 
 class Follower:
@@ -79,3 +83,39 @@ class Follower:
         if step["skipped"]:
             figures["skipped"] = step["skipped"]
         self._stage.update(step["step"], self._planned.total_steps, "steps", **figures)
+
+
+class Waiting:
+    """Says for what a start waits, once, where its workers take long to come.
+
+    Args:
+        run: Whose events.
+        planned: What the workers need.
+        free: Tells the CPUs and GPUs that nobody has taken.
+        reporter: Gets the word.
+    """
+
+    def __init__(self, run: Run, planned: Plan, free: Callable[[], tuple[float, float]], reporter: Reporter) -> None:
+        self._tail = journal.Tail(run.events)
+        self._planned, self._free, self._reporter = planned, free, reporter
+        self._since, self._said = math.inf, False
+
+    def look(self) -> None:
+        for line in pace.decoded(b"\n".join(self._tail.new())):
+            match line["event"]:
+                case starts.ASKED | starts.WAITS:
+                    self._since = min(self._since, time.monotonic())
+                case starts.ALIVE:
+                    self._since, self._said = math.inf, False
+        if not self._said and time.monotonic() - self._since >= PATIENCE_S:
+            self._said = True
+            self._reporter.note(self._words())
+
+    def _words(self) -> str:
+        wanted, (cpus, gpus) = self._planned, self._free()
+        count, each = wanted.needed_workers, f"{wanted.cpus_per_worker} CPU{'s' * (wanted.cpus_per_worker > 1)}"
+        now = f"{cpus:g} CPUs"
+        if wanted.gpus_per_worker:
+            each += f" and {wanted.gpus_per_worker} GPU{'s' * (wanted.gpus_per_worker > 1)}"
+            now += f" and {gpus:g} GPUs"
+        return f"waiting for {count} worker{'s' * (count > 1)} of {each} each; free now: {now}; Ctrl-C ends the wait"

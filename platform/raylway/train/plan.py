@@ -167,13 +167,13 @@ def plan(
 def _refuse_misfits(job: Job, task: Task, rows_train: int, rows_validation: int) -> None:
     if not rows_train:
         raise UserError("no rows are left to train on", where="data.split", expected="at least one training row")
-    if job.train.balance != "none" and task == "regression":
+    if job.data.balance != "none" and task == "regression":
         raise UserError(
             "only classes can be balanced",
-            where="train.balance",
+            where="data.balance",
             expected="none, for the target is a number",
-            found=job.train.balance,
-            fix="leave train.balance out",
+            found=job.data.balance,
+            fix="leave data.balance out",
         )
     wanted = job.train.validation
     if wanted.best not in _BEST_METRICS[task]:

@@ -77,6 +77,9 @@ class _Message(msgspec.Struct, frozen=True):
     not_finite: str = ""
 
 
+msgspec.json.Decoder(_Message)  # before threads do, as in `failures`
+
+
 @dataclass
 class _Flight:
     """A checkpoint that is being written."""

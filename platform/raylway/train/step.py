@@ -77,7 +77,7 @@ def row_losses(task: Task, output: torch.Tensor, target: torch.Tensor) -> torch.
 def forward_backward(model: Parallel, batch: Batch, task: Task, clock: Clock) -> torch.Tensor:
     """Leave in the parameters the (scaled) gradient of the global batch's loss; return this rank's sum of losses.
 
-    The loss is sum(weight * loss of the row) / rows of the step, without `train.balance` the mean over the rows.
+    The loss is sum(weight * loss of the row) / rows of the step, without `data.balance` the mean over the rows.
     DDP takes the mean over ranks of what each rank has, so each rank's sum is multiplied by workers / rows of the whole
     step; the other strategies add. That makes it the gradient of the one big batch, however its rows are divided. All
     ranks must call it: they exchange gradients, and wait for a missing rank until the timeout.

@@ -27,7 +27,7 @@ from raylway.runs.stop import StopWord
 from raylway.train import failures, memory, resizing, watchdog, worker
 from raylway.train.failures import Failure
 from raylway.train.feed import balanced
-from raylway.train.follow import Follower
+from raylway.train.follow import Follower, Waiting
 from raylway.train.plan import Plan, plan
 
 _LOOK_EVERY_S = 0.2
@@ -41,6 +41,8 @@ class Capacity(Protocol):
     def gpus(self) -> float: ...
 
     def refuse_impossible(self, workers: int, cpus: float, gpus: float) -> None: ...
+
+    def free(self) -> tuple[float, float]: ...
 
 
 class TrainOutcome(msgspec.Struct, frozen=True):
@@ -63,7 +65,7 @@ class TrainOutcome(msgspec.Struct, frozen=True):
     rolled_back: str | None = None
     """When and where, if the job guards against spikes of the loss."""
     balance: str | None = None
-    """What `train.balance` made of the largest and the smallest class; of all classes see the event."""
+    """What `data.balance` made of the largest and the smallest class; of all classes see the event."""
     resized: str | None = None
     """Each change of the number of workers, over all commands."""
 
@@ -93,7 +95,7 @@ def train(loaded: LoadedJob, run: Run, prepared: Prepared, capacity: Capacity, r
         assigned = worker.assignment(
             loaded.job, planned, run, prepared, loaded.import_paths, secrets.token_hex(6), watchdog.limit_s()
         )
-        report = _run(assigned, planned, run, stage, reporter)
+        report = _run(assigned, planned, run, capacity, stage, reporter)
         if report.failure is not None:
             raise report.failure.as_error()
         outcome = TrainOutcome(
@@ -132,8 +134,8 @@ def _planned(loaded: LoadedJob, prepared: Prepared, capacity: Capacity) -> Plan:
 
 
 def _balanced(loaded: LoadedJob, run: Run, prepared: Prepared) -> str | None:
-    """Record what `train.balance` makes of each class, and say it of two."""
-    balance, manifest = loaded.job.train.balance, prepared.manifest
+    """Record what `data.balance` makes of each class, and say it of two."""
+    balance, manifest = loaded.job.data.balance, prepared.manifest
     if balance == "none":
         return None
     found = balanced.shares(balance, manifest.signature.classes, manifest.classes["train"])
@@ -159,16 +161,19 @@ def _check_model(loaded: LoadedJob, prepared: Prepared) -> None:
         raise mistake from None
 
 
-def _run(assigned: dict[str, Any], planned: Plan, run: Run, stage: Stage, reporter: Reporter) -> worker.Report:
+def _run(
+    assigned: dict[str, Any], planned: Plan, run: Run, capacity: Capacity, stage: Stage, reporter: Reporter
+) -> worker.Report:
     """Run the workers in a thread, so that this one can show progress and hear Ctrl-C and SIGTERM."""
     stop = StopWord(run.folder)
     stop.take_back()
     fitting = _Fit(assigned, planned, run)
-    follower = Follower(run, planned, stage, reporter)
+    follower, waiting = Follower(run, planned, stage, reporter), Waiting(run, planned, capacity.free, reporter)
     try:
         fitting.start()
         while not fitting.ended.wait(_LOOK_EVERY_S):
             follower.look()
+            waiting.look()
     except (KeyboardInterrupt, SystemExit) as signal:
         word = "Ctrl-C" if isinstance(signal, KeyboardInterrupt) else "SIGTERM"
         reporter.note(f"stopping: a checkpoint is written first; {word} again stops at once")

@@ -44,7 +44,7 @@ class Validation:
         """The figures over all rows, each counted once. All ranks call it at once.
 
         Returns:
-            `val_loss`, weighed by class as the feed says (what training minimises under `train.balance`), and
+            `val_loss`, weighed by class as the feed says (what training minimises under `data.balance`), and
             `val_accuracy` or `val_rmse` (in the target's own unit), in which each row counts once.
 
         Raises:

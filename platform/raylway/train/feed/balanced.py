@@ -1,4 +1,4 @@
-"""Classes of unequal size (`train.balance`): weights of their rows, or an order that draws each class equally often.
+"""Classes of unequal size (`data.balance`): weights of their rows, or an order that draws each class equally often.
 
 K are the classes with training rows, N the training rows, n[c] those of class c.
 
