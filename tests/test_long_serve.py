@@ -10,13 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import asking
+import httpx
 import leaving
 import loading
 import made as making
@@ -229,6 +232,34 @@ def test_no_replica_while_nobody_asks(bundles: list[Path], tmp_path: Path, proxy
         started = time.monotonic()
         assert answers(server) == (200, version(bundles[0]))
         tell(proxy=proxy, first_answer_from_zero_s=round(time.monotonic() - started, 1))
+
+
+def test_before_it_is_ready_haproxy_asks_clients_to_come_again(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, seen, ready = asking.free_port(), [], threading.Event()
+    monkeypatch.setattr(asking, "free_port", lambda: port)
+
+    def poll() -> None:
+        while not ready.is_set():
+            try:
+                answer = httpx.post(f"http://127.0.0.1:{port}/predict", json={"rows": [GOOD]}, timeout=60)
+                seen.append((answer.status_code, answer.headers.get("retry-after")))
+            except httpx.TransportError:
+                seen.append((0, None))
+            ready.wait(0.05)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        with served(bundles[0], tmp_path, "HAProxy"):
+            pass
+    finally:
+        ready.set()
+        thread.join()
+    tell(seen=[f"{count} times {kind}" for kind, count in Counter(seen).items()])
+    # refused while nothing listens; then 503 with a time; then 401, the application's own answer without a key
+    assert {kind for kind, _ in Counter(seen).items()} == {(0, None), (503, "1"), (401, None)}
 
 
 def test_several_models_and_the_list_of_them(bundles: list[Path], tmp_path: Path, proxy: str) -> None:
