@@ -81,7 +81,7 @@ def test_whatever_a_row_holds_after_each_transform(name: str, own: ModelSpec, tm
     def by_program(rows: list[Row]) -> list[np.ndarray]:
         columns = columns_of(case.signature, rows, words)
         index, probabilities = program({key: torch.from_numpy(each) for key, each in columns.items()})
-        return [np.array(case.signature.classes, object)[index], probabilities.numpy()]
+        return [np.array(case.signature.classes, object)[index.numpy()], probabilities.numpy()]
 
     whatever(case, 100, lambda rows: session.run(None, columns_of(case.signature, rows)), by_program)
 
