@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from raylway.job.load import load_job
 from raylway.launch import serving
 from raylway.runs.progress import Reporter
 from raylway.runs.run import find_run
@@ -24,7 +23,7 @@ from raylway.runs.run import find_run
 def main() -> None:
     run = find_run(Path("runs"), sys.argv[1])
     flight = a_flight()
-    with serving.served(run.bundle, load_job(run.job).job.serve, "127.0.0.1", free_port(), Reporter()) as url:
+    with serving.served(serving.models_of([run]), "127.0.0.1", free_port(), Reporter()) as url:
         inputs = [each["name"] for each in ask(f"{url}/signature")["inputs"]]
         row = {name: flight[name] for name in inputs}
         print(f"POST {url}/predict\n{json.dumps({'rows': [row]})}")

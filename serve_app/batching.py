@@ -8,6 +8,7 @@ queues again behind the others: small requests never wait for the whole of a lar
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,11 +59,18 @@ class Batcher:
         self._waiting_rows = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._work: asyncio.Task[None] | None = None
+        self._began: float | None = None
+        """When the batch that is computed now went to the thread."""
 
     @property
     def full(self) -> bool:
         """Whether a request would be refused now."""
         return self._waiting_rows >= self._max_batch * MAX_WAITING_BATCHES
+
+    @property
+    def busy_s(self) -> float:
+        """How long the thread has been at the batch that it computes now; 0 if it is idle."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     def waiting(self) -> int:
         """Rows that no batch has taken yet."""
@@ -93,10 +101,11 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             while pieces := self._next_batch():
+                self._began = time.monotonic()
                 for piece, result in await loop.run_in_executor(self._thread, self._compute, pieces):
                     _deliver(piece.request, result)
         finally:
-            self._work = None
+            self._work = self._began = None
 
     def _next_batch(self) -> list[_Piece]:
         pieces: list[_Piece] = []

@@ -74,6 +74,7 @@ def document(model: Model, tensors: Tensors, max_body_bytes: int) -> dict[str, A
             {"type": "object"},
         ),
         "/signature": _page("What the model takes and gives", "application/json"),
+        "/card": _page("What the model was made from, and how good it is", "application/json"),
         "/healthz": _page("The process is alive", "application/json"),
         "/readyz": _page("The model is loaded, has checked itself, and has room", "application/json", 503),
         "/openapi.json": _page("This document", "application/json"),

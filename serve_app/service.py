@@ -7,11 +7,8 @@ Whatever is wrong with it is found before it meets other requests.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,10 +20,13 @@ from raylway.bundle.predictor import NotFinite, Predictor
 from raylway.bundle.rows import NotJson, Rows
 from serve_app import openapi
 from serve_app.batching import Batcher, Overloaded
+from serve_app.card import card
 from serve_app.forms import JSON, Form, Headers, Model, Plain, Reply, unreadable
 from serve_app.invocations import Invocations
 from serve_app.keys import Keys
+from serve_app.page import page
 from serve_app.problems import HttpProblem, busy, unprocessable
+from serve_app.recent import Recent
 from serve_app.tensors import Tensors
 from serve_app.watch import Note, Watch
 
@@ -37,6 +37,8 @@ MAX_BODY_BYTES = 16 << 20
 PATIENCE_S = 30.0
 """A request without its answer by then gets none; its client has most likely gone."""
 MOST_PATIENCE_MS = 300_000
+STUCK_S = 60.0
+"""A batch that takes longer is taken for one that never ends."""
 RETRY_AFTER_S = 1
 _LONGEST = 200
 """Characters of a client's own text in an answer or the log."""
@@ -70,19 +72,24 @@ class Service:
         self._watch = watch or Watch(predictor.bundle.record)
         self._batcher = Batcher(self._outputs, max_batch)
         self._watch.waiting = self._batcher.waiting
+        self.recent = Recent(predictor)
         model = Model(predictor)
         tensors = Tensors(model)
-        self._forms: dict[str, Form] = {
-            "/predict": Plain(model),
-            "/invocations": Invocations(model),
-            f"{tensors.path}/infer": tensors,
-            f"{tensors.path}{tensors.version}/infer": tensors,
-        }
+        self._forms = forms_of(model)
         self._pages = _pages(model, tensors)
         self._ready = {"/readyz": Reply(msgspec.json.encode({"status": "ready", "model": model.card}))}
         for path, content in tensors.pages().items():
             chosen = self._ready if path.endswith("/ready") else self._pages
             chosen[path] = Reply(msgspec.json.encode(content))
+
+    def check_health(self) -> None:
+        """Raise if the model is stuck: no client waits for a batch as long as that.
+
+        Raises:
+            RuntimeError: See there.
+        """
+        if (busy_s := self._batcher.busy_s) > STUCK_S:
+            raise RuntimeError(f"the model has been at one batch for {busy_s:.0f} s")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -117,9 +124,9 @@ class Service:
             note.form = form.name
             _check_headers(headers, form)
             return await self._in_time(form, receive, headers, note)
-        if page := self._pages.get(path):
+        if found := self._pages.get(path):
             _allow(method, "GET", "HEAD")
-            return page
+            return found
         if ready := self._ready.get(path):
             _allow(method, "GET", "HEAD")
             # the model was loaded and checked before the first request could come; what is left to ask is room
@@ -153,7 +160,10 @@ class Service:
             if derives and (problems := await asyncio.to_thread(self._predictor.problems, asked.rows)):
                 raise InvalidRows(problems)
             self._watch.asked(asked.rows)
-            return asked.reply(await self._batcher.submit(asked.rows))
+            outputs = await self._batcher.submit(asked.rows)
+            reply = asked.reply(outputs)
+            self.recent.add(form.name, headers, body, outputs)
+            return reply
         except HttpProblem:
             raise
         except NotJson as error:
@@ -174,31 +184,30 @@ class Service:
         return self._predictor.outputs(rows)
 
 
+def forms_of(model: Model) -> dict[str, Form]:
+    """The ways of asking a model, by path."""
+    tensors = Tensors(model)
+    return {
+        "/predict": Plain(model),
+        "/invocations": Invocations(model),
+        f"{tensors.path}/infer": tensors,
+        f"{tensors.path}{tensors.version}/infer": tensors,
+    }
+
+
 def _pages(model: Model, tensors: Tensors) -> dict[str, Reply]:
     """What is answered to GET, by path, whatever the state of the queue."""
-    page = _page(Path(__file__).with_name("docs.html").read_bytes())
     signature = {"model": model.card, **msgspec.structs.asdict(model.signature)}
     alive = Reply(b'{"status":"ok"}')
     return {
-        "/": page,
-        "/docs": page,
+        "/": page("page"),
+        "/docs": page("docs"),
+        "/card": Reply(msgspec.json.encode(card(model, MAX_BODY_BYTES))),
         "/signature": Reply(msgspec.json.encode(signature)),
         "/openapi.json": Reply(msgspec.json.encode(openapi.document(model, tensors, MAX_BODY_BYTES))),
         **dict.fromkeys(("/healthz", "/ping", "/health"), alive),
         "/version": Reply(__version__.encode(), b"text/plain; charset=utf-8"),
     }
-
-
-def _page(html: bytes) -> Reply:
-    """A page that may run its own script, and load from and send to this server alone."""
-    script = html.partition(b"<script>")[2].partition(b"</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    fields = ((b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer"))
-    return Reply(html, b"text/html; charset=utf-8", fields)
 
 
 def _as_reply(problem: HttpProblem, path: str) -> Reply:

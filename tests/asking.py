@@ -64,12 +64,15 @@ def ask(client: httpx.Client, *rows: Any) -> tuple[int, Any]:
 _SERVE = """
 import sys
 from pathlib import Path
+from raylway.bundle import contents
 from raylway.job.schema import Replicas, Serve
 from raylway.launch import serving
 from raylway.runs.progress import Reporter
 
-options = Serve(replicas=Replicas(min=1, max=1))
-serving.serve(Path(sys.argv[1]), options, "127.0.0.1", int(sys.argv[2]), Reporter("lines"))
+port, low, high, *bundles = sys.argv[1:]
+options = Serve(replicas=Replicas(min=int(low), max=int(high)))
+models = [serving.Model(contents.load(Path(each)).record.name, Path(each), options) for each in bundles]
+serving.serve(models, "127.0.0.1", int(port), Reporter("lines"))
 """
 
 
@@ -108,12 +111,15 @@ class Server:
 
 
 @contextmanager
-def server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
-    """`raylway serve` of a bundle; yields once it is ready, and ends it as Ctrl-C in a terminal does."""
+def server(
+    bundle: Path | list[Path], folder: Path, replicas: tuple[int, int] = (1, 1), **variables: str
+) -> Iterator[Server]:
+    """`raylway serve` of a bundle, or of several; yields once it is ready, and ends it as Ctrl-C in a terminal does."""
     port, log = free_port(), folder / "serve.log"
+    words = [port, *replicas, *(bundle if isinstance(bundle, list) else [bundle])]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(bundle), str(port)],
+            [sys.executable, "-c", _SERVE, *map(str, words)],
             env=environment() | {"RAYLWAY_API_KEYS": KEYS} | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -157,6 +163,16 @@ def access_log(root: int, application: str) -> list[dict[str, Any]]:
         if f"/access_{application}_" in _target(descriptor)
     }
     return [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+
+
+def named(root: int, title: str) -> list[int]:
+    """The children of a process, and theirs, whose command line begins so; Ray's processes say there what they are."""
+    return [process for process in _family(root) if _read(Path(f"/proc/{process}/cmdline")).startswith(title)]
+
+
+def programs(root: int) -> list[tuple[int, str]]:
+    """The children of a process, and theirs, with the names of their programs."""
+    return [(process, _read(Path(f"/proc/{process}/comm")).strip()) for process in _family(root)]
 
 
 def is_loopback(address: str) -> bool:

@@ -8,13 +8,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import asking
+import httpx
 import pytest
 import stores
 import web_server
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and end with it.
@@ -23,7 +28,15 @@ settings.register_profile("any machine", deadline=None)  # an example that waits
 settings.load_profile("any machine")
 
 
-LISTENERS = ("test_serve", "test_serve_application", "test_end_to_end", "test_cluster", "test_long")
+LISTENERS = (
+    "test_serve",
+    "test_serve_application",
+    "test_serve_versions",
+    "test_end_to_end",
+    "test_cluster",
+    "test_long",
+    "test_long_serve",
+)
 """Files whose tests list or take the ports of a whole machine: one after the other."""
 
 
@@ -62,6 +75,70 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_serve(ray_session: None) -> Iterator[str]:
+    """Serve on the session's Ray, with Ray's own proxy; the address."""
+    from ray import serve
+
+    port = asking.free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `made.fruit`."""
+    import made
+
+    return made.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
+
+
+@pytest.fixture(scope="module")
+def client(fruit: Path) -> Iterator[httpx.Client]:
+    """Asks that bundle's application, which is by itself in this process."""
+    from raylway.bundle.predictor import Predictor
+    from serve_app.service import Service
+
+    with asking.local(Service(Predictor(fruit), 64)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    import browsing
+
+    with browsing.browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def trip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `made.trips`, as a run publishes it."""
+    import made
+
+    return made.published(tmp_path_factory.mktemp("trip"), *made.trips(), hour="number")
+
+
+@pytest.fixture(scope="module")
+def trip_client(trip: Path) -> Iterator[httpx.Client]:
+    """As `client`, of that bundle."""
+    from raylway.bundle.predictor import Predictor
+    from serve_app.service import Service
+
+    with asking.local(Service(Predictor(trip), 64)) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser, trip_client: httpx.Client) -> Iterator[Page]:
+    """The page of that bundle in the browser."""
+    import browsing
+
+    with browsing.opened(browser, trip_client, reduced_motion="reduce") as found:
+        yield found
 
 
 @pytest.fixture

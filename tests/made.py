@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -15,12 +16,14 @@ from raylway.features.derive import derived, parsed
 from raylway.features.fit import fit
 from raylway.features.plan import FitPlan, treatments
 from raylway.features.prepared import Account, Manifest
+from raylway.features.profile import profile
 from raylway.features.signature import Input, Signature
 from raylway.features.transform import Transform
 from raylway.job import schema
 from raylway.models import registry
 from raylway.runs.run import RunRecord
 
+METRICS = {"accuracy": 0.9034963112312697, "log_loss": 0.25718, "roc_auc": None}
 RUN = RunRecord(1, "0123456789ab", "made", "2026-01-01T00:00:00+00:00", "f" * 32, 7, [], "u", "h", None, {"torch": "2"})
 
 
@@ -160,3 +163,47 @@ def article() -> Made:
     table = pa.table({**columns, "target": [str(index % 10) for index in range(50)]})
     spec = registry.ModelSpec("mlp", {"hidden": [512, 256], "dropout": 0.5})
     return made(table, "target", dict.fromkeys(names, "number"), spec, steps=0)
+
+
+def trips() -> tuple[pa.Table, str, dict[str, str]]:
+    """Every type of input; `delay` and `carrier` may be missing."""
+    rng, count = np.random.default_rng(8), 600
+    days = np.datetime64("2013-01-01") + rng.integers(0, 200, count)
+    times = np.datetime64("2013-01-01T00:00:00") + rng.integers(0, 200 * 86_400, count)
+    table = pa.table(
+        {
+            "day": rng.integers(1, 32, count),
+            "fare": np.round(rng.uniform(2, 90, count), 2),
+            "delay": rng.normal(5, 20, count),
+            "carrier": rng.choice(["AA", "B, 6", 'U"A'], count, p=[0.7, 0.2, 0.1]),
+            "hour": rng.integers(5, 24, count),
+            "stop": [f"stop {index % 150:03d}" for index in range(count)],
+            "booked": days.astype(str).tolist(),
+            "left": [f"{text}Z" for text in times.astype(str).tolist()],
+            "late": rng.choice(["no", "yes"], count),
+        }
+    )
+    kinds = ["number", "number", "number?", "category?", "category", "category", "date", "date"]
+    return table, "late", dict(zip(table.column_names[:-1], kinds, strict=True))
+
+
+def published(
+    folder: Path, table: pa.Table, target: str, inputs: dict[str, str], name: str = "trips", **values: str
+) -> Path:
+    """A published bundle with all that a real run's has: profile, account, metrics; `values` by category."""
+    found = made(table, target, inputs, steps=30)
+    known = [name for name, kind in inputs.items() if kind.startswith("category")]
+    listed = [msgspec.structs.replace(each, values=values.get(each.name, "text")) for each in found.signature.inputs]
+    signature = msgspec.structs.replace(found.signature, inputs=listed)
+    manifest = msgspec.structs.replace(
+        found.manifest,
+        signature=signature,
+        account=Account(1000, 900, 60, 30, 10, 700, 90, 110),
+        files=["s3://bucket/private/trips.csv?signature=secret", "/home/me/more.csv"],
+        classes={"train": list(range(100, 100 + len(signature.classes)))},
+        profile=profile(table, signature, known, {}),
+    )
+    run = msgspec.structs.replace(RUN, job=name)
+    artefact.stage(folder / "staged", found.model.state_dict(), found.spec, manifest, run)
+    artefact.publish(folder / "staged", folder / "bundle", METRICS)
+    return folder / "bundle"

@@ -18,7 +18,6 @@ from typing import Any
 import asking
 import httpx
 import leaving
-import made as making
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -30,27 +29,11 @@ from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import RunFailed
 from raylway.job.schema import Serve
-from raylway.launch import serving
+from raylway.launch import applications
 from serve_app import app as serve_app
 from serve_app import service
 from serve_app.keys import Keys
 from serve_app.service import Service
-
-
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
-
-
-@pytest.fixture(scope="module")
-def ray_serve(ray_session: None) -> Iterator[str]:
-    """Serve on the session's Ray, with Ray's own proxy; the address."""
-    from ray import serve
-
-    port = asking.free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +243,7 @@ def test_paths_and_methods(client: httpx.Client) -> None:
     for path in ("/", "/docs"):
         page = client.get(path)
         assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert "/predict" in page.text
+        assert "predict" in page.text
     assert strict(client.get("/healthz")) == {"status": "ok"}
     assert strict(client.get("/readyz"))["status"] == "ready"
     signature = strict(client.get("/signature"))
@@ -322,7 +305,8 @@ def test_a_replica_whose_bundle_fails_its_check_does_not_start(fruit: Path, tmp_
     storage.write_record(bundle / contents.EXAMPLES, msgspec.structs.replace(recorded, outputs=recorded.outputs[::-1]))
     record = storage.read_record(bundle / contents.RECORD, contents.BundleRecord)
     storage.write_record(bundle / contents.RECORD, msgspec.structs.replace(record, files=contents.listed(bundle)))
-    with pytest.raises(RunFailed) as caught, serving.deployed(bundle, "wrong", Serve(), {}):
+    model = applications.Model("wrong", bundle, Serve())
+    with pytest.raises(RunFailed) as caught, applications.deployed([model], {}):
         pass
     expected = f"the model does not start: RunFailed: {bundle}: the model's answers to the bundle's own examples differ"
     assert str(caught.value).startswith(expected)

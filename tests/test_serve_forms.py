@@ -37,17 +37,6 @@ FRAME = pd.DataFrame(TABLE)
 
 
 @pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
-
-
-@pytest.fixture(scope="module")
-def client(fruit: Path) -> Iterator[httpx.Client]:
-    with asking.local(Service(Predictor(fruit), 64)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def prices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A regression whose `rooms` and `place` may be missing."""
     table = pa.table({"size": [20.0, 80.0], "rooms": [1, 3], "place": ["NA", "EU"], "price": [20_000.0, 130_000.0]})

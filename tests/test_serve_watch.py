@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import asking
-import made as making
 import msgspec
 import numpy as np
 import pytest
@@ -29,11 +28,6 @@ RNG = np.random.default_rng(17)
 def rows(count: int, low: float, colours: list[str]) -> Rows:
     numbers = np.column_stack([RNG.uniform(low, low + 10, count), RNG.uniform(1, 4, count)])
     return Rows(numbers, [RNG.choice(colours, count).tolist()])
-
-
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.fruit().stage(tmp_path_factory.mktemp("fruit") / "bundle", name="fruit")
 
 
 @pytest.fixture(scope="module")

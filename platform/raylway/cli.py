@@ -225,22 +225,69 @@ def show(
 
 
 @app.command()
-def serve(
-    run: RunName,
+def serve(  # noqa: PLR0913, PLR0917 - a parameter is an option
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN...", help="Runs as above; several answer below the names of their jobs."),
+    ] = None,
     storage: Storage = "runs",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without them everybody may ask.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put RUN in the place of the run of its job that is served now.")
+    ] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Return to what --replace has replaced; RUN is the job's name.")
+    ] = False,
+    config: Annotated[
+        bool, typer.Option("--config", help="Write the Serve config file instead, to a RUN that ends in .yaml if any.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Serve a run's bundle over HTTP until Ctrl-C."""
-    from raylway.job.load import load_job
-    from raylway.launch import serving
+    """Serve runs' bundles over HTTP until Ctrl-C."""
+    from raylway.launch import replacing, serving
     from raylway.runs.run import find_run
     from raylway.storage import existing_root
 
-    found = find_run(existing_root(storage), run, with_bundle=True)
-    serving.serve(found.bundle, load_job(found.job).job.serve, host, port, _reporter(json_), keys)
+    names = runs or []
+    if replace + rollback + config > 1:
+        raise UserError("only one of --replace, --rollback and --config at a time", where="raylway serve")
+    if rollback:
+        replacing.rollback(_one(names), _reporter(json_))
+        return
+    files = [Path(name) for name in names if config and name.endswith((".yaml", ".yml"))]
+    names = [name for name in names if Path(name) not in files]
+    if not names:
+        raise UserError("name a run", where="raylway serve", fix="list them with: raylway runs")
+    root = existing_root(storage)
+    models = serving.models_of([find_run(root, name, with_bundle=True) for name in names])
+    if config:
+        serving.write_config(models, host, port, keys, files, _reporter(json_))
+    elif replace:
+        replacing.replace(models, _reporter(json_), keys)
+    else:
+        serving.serve(models, host, port, _reporter(json_), keys)
+
+
+@app.command()
+def export(
+    run: RunName,
+    format_: Annotated[str, typer.Option("--format", help="onnx, or torch-export.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to; NAME-VERSION.onnx or .pt2 here.")
+    ] = None,
+    storage: Storage = "runs",
+) -> None:
+    """Write a run's model with its transform as one file for other runtimes, checked against the bundle."""
+    from raylway.export.export import export as write
+    from raylway.runs.run import find_run
+    from raylway.storage import existing_root
+
+    done = write(find_run(existing_root(storage), run, with_bundle=True).bundle, format_, output)
+    print(done.place)
+    differ = f"differ by at most {done.largest_difference:.1g}"
+    print(f"checked: its answers to {done.rows} rows and those of the bundle {differ}", file=sys.stderr)
 
 
 @app.command()
@@ -294,6 +341,12 @@ def _prepared_of(name: str, storage: str) -> tuple[Any, Any, Any]:
             fix="make it with: raylway prepare JOB",
         )
     return Prepared(folder), loaded, predictions
+
+
+def _one(names: list[str]) -> str | None:
+    if len(names) > 1:
+        raise UserError("one at a time", where="raylway serve --rollback", found=", ".join(names))
+    return names[0] if names else None
 
 
 def _version(wanted: bool) -> None:

@@ -66,6 +66,7 @@ def stage(
             provenance=Provenance(run.id, run.created_at, run.fingerprint, run.seed, run.commit, run.versions),
             metrics={},
             profile=prepared.profile,
+            data=contents.Data.of(prepared),
         )
         examples.write(made, Predictor(Bundle(made, record)))
         record = msgspec.structs.replace(record, files=contents.listed(made))

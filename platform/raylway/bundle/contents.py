@@ -20,6 +20,7 @@ import xxhash
 
 from raylway import storage
 from raylway.errors import UserError
+from raylway.features.prepared import Account, Manifest
 from raylway.features.profile import Profile
 from raylway.features.signature import Signature
 from raylway.features.transform import Transform
@@ -34,6 +35,8 @@ RECORD = "bundle.json"
 WEIGHTS = "model.safetensors"
 EXAMPLES = "examples.json"
 CODE = "code"
+MOST_FILES = 20
+"""Source files that a bundle names."""
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +61,23 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str]
 
 
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The rows that a model was made from, as far as people ask for them."""
+
+    files: list[str]
+    """Names of source files, without their folders, the first `MOST_FILES`."""
+    num_files: int
+    account: Account
+    classes: list[int]
+    """Training rows of each class, in the order of the classes; empty for regression."""
+
+    @classmethod
+    def of(cls, prepared: Manifest) -> Data:
+        """What the manifest of prepared data says."""
+        names = [_name(file) for file in prepared.files[:MOST_FILES]]
+        return cls(names, len(prepared.files), prepared.account, prepared.classes.get("train", []))
+
+
 class BundleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`bundle.json`."""
 
@@ -75,6 +95,8 @@ class BundleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The evaluation on the test rows; empty while the bundle is staged."""
     profile: Profile | None = None
     """What the training rows look like; None in bundles of prepared data without one."""
+    data: Data | None = None
+    """None in bundles of an earlier version."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +198,11 @@ def _fetched(address: Address) -> Path:
         raise _damaged(address / RECORD, "a JSON record with its files", str(error)) from None
     size = sum(file.bytes for file in named)
     return cache.fetched_folder(f"bundle-{xxhash.xxh3_128_hexdigest(content)}", size, bring)
+
+
+def _name(file: str) -> str:
+    """What a file is called; folders, and what a URL asks, may be nobody else's business."""
+    return (file.partition("?")[0] if "://" in file else file).rpartition("/")[2]
 
 
 def _nothing(place: Place) -> UserError:

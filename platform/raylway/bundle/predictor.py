@@ -75,6 +75,11 @@ class Predictor:
         _fill(self._model, self.bundle)
         self._model.eval()
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The network, in evaluation mode."""
+        return self._model
+
     def predict(self, table: pa.Table) -> Answers:
         """Answer the rows of a typed table that holds the inputs; further columns are ignored.
 

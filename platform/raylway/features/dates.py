@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 DAY = 86_400_000_000
 """Microseconds."""
-_FIRST, _LAST = -719_162 * DAY, 2_932_897 * DAY - 1
+FIRST, LAST = -719_162 * DAY, 2_932_897 * DAY - 1
 """Of the years 1 and 9999: a zone may lead out of them."""
 
 _PATTERN = (
@@ -95,7 +95,7 @@ def _parsed(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     minutes -= np.where(west, -1, 1) * (number["zone_hour"] * 60 + number["zone_minute"])
     days = first.astype(np.int64) + day - 1
     instants = days * DAY + (minutes * 60 + number["second"]) * 1_000_000 + micros
-    valid &= (instants >= _FIRST) & (instants <= _LAST)
+    valid &= (instants >= FIRST) & (instants <= LAST)
     return np.where(valid, instants, 0), valid
 
 

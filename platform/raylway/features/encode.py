@@ -15,7 +15,7 @@ from raylway.features import dates
 from raylway.features.learnt import CategoricalFeature, NumericFeature, Part
 from raylway.features.schema import as_float64, canonical_text
 
-_LARGEST_SCALED = 1e6
+LARGEST_SCALED = 1e6
 """Or what the training rows reach, if that is more. The bound only tames wild served rows: their products stay finite
 in float32."""
 
@@ -62,9 +62,9 @@ class Numbers:
         widths = [feature.width + feature.indicator for feature in features]
         self._starts = np.cumsum([0, *widths])
         self._curved = [(place, *curve) for place, feature in enumerate(features) for curve in _curve(feature)]
-        self._bound = np.full(len(features), _LARGEST_SCALED)
+        self._bound = np.full(len(features), LARGEST_SCALED)
         ends = np.array([[feature.minimum for feature in features], [feature.maximum for feature in features]])
-        self._bound = np.maximum(_LARGEST_SCALED, np.abs(self._scaled(ends)).max(axis=0, initial=0.0))
+        self._bound = np.maximum(LARGEST_SCALED, np.abs(self._scaled(ends)).max(axis=0, initial=0.0))
 
     def encode(self, numbers: np.ndarray) -> np.ndarray:
         """float64 [N, features], NaN for missing, as float64 [N, inputs]."""
@@ -130,7 +130,7 @@ def piecewise_linear(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
         parts = (values[:, None] - edges[:-1]) / np.diff(edges)
     np.maximum(parts[:, 1:], 0.0, out=parts[:, 1:])
     np.minimum(parts[:, :-1], 1.0, out=parts[:, :-1])
-    return np.clip(parts, -_LARGEST_SCALED, _LARGEST_SCALED)
+    return np.clip(parts, -LARGEST_SCALED, LARGEST_SCALED)
 
 
 def share_below(values: np.ndarray, points: np.ndarray) -> np.ndarray:

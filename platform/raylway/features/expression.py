@@ -46,8 +46,9 @@ class Expression:
     def __init__(self, text: str, where: str = "data.derive") -> None:
         self.text, self.where = text, where
         try:
-            self._root = ast.parse(text.strip(), mode="eval").body
-            self.columns: frozenset[str] = frozenset(self._names(self._root))
+            self.root = ast.parse(text.strip(), mode="eval").body
+            """Of nodes of the grammar only."""
+            self.columns: frozenset[str] = frozenset(self._names(self.root))
             """The columns that it reads."""
         except (SyntaxError, ValueError) as error:
             raise self._error(f"can't be read: {getattr(error, 'msg', error)}") from None
@@ -64,7 +65,7 @@ class Expression:
             UserError: A column is not there, or its type does not fit the operation.
         """
         try:
-            value = self._value(self._root, table)
+            value = self._value(self.root, table)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             types = ", ".join(f"{name} is {table.schema.field(name).type}" for name in sorted(self.columns))
             where = f"the types of its columns ({types})" if types else "its constants"
@@ -84,10 +85,10 @@ class Expression:
 
     def _names(self, node: ast.expr) -> set[str]:
         match node:
-            case ast.Name(id=name):
-                return set() if name in _CONSTANTS else {name}
-            case ast.Call(func=ast.Name(id="col"), args=[ast.Constant(value=str(name))], keywords=[]):
-                return {name}
+            case ast.Name(id=name) if name in _CONSTANTS:
+                return set()
+            case ast.Name() | ast.Call(func=ast.Name(id="col"), args=[ast.Constant(value=str())], keywords=[]):
+                return {name_of(node)}
             case ast.Constant(value=bool() | int() | float() | str() as constant):
                 if not isinstance(constant, str) and abs(constant) > _LARGEST_NUMBER:
                     raise self._error("holds a number that is too large")
@@ -104,10 +105,10 @@ class Expression:
 
     def _value(self, node: ast.expr, table: pa.Table) -> Any:
         match node:
-            case ast.Name(id=name):
-                return pa.scalar(_CONSTANTS[name]) if name in _CONSTANTS else table[name]
-            case ast.Call(args=[ast.Constant(value=name)]):
-                return table[name]
+            case ast.Name(id=name) if name in _CONSTANTS:
+                return pa.scalar(_CONSTANTS[name])
+            case ast.Name() | ast.Call():
+                return table[name_of(node)]
             case ast.Constant(value=bool() | str() as constant):
                 return pa.scalar(constant)
             case ast.Constant(value=int() | float() as number):
@@ -152,3 +153,13 @@ class Expression:
             found=shown,
             fix="write it so, or compute it in a function of your own: module:function(column, column)",
         )
+
+
+def name_of(node: ast.Name | ast.Call) -> str:
+    """The column that a node of the grammar names, `name` or `col("name")`."""
+    match node:
+        case ast.Call(args=[ast.Constant(value=str(name))]):
+            return name
+        case ast.Name(id=name):
+            return name
+    raise AssertionError(ast.dump(node))

@@ -71,13 +71,15 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     numbers: list[NumberProfile]
     categories: list[CategoryProfile]
     dates: list[DateProfile] = []
+    target: NumberProfile | None = None
+    """Of a regression, where the rows have it."""
 
 
 def profile(rows: pa.Table, signature: Signature, named: Collection[str], missing: Mapping[str, float]) -> Profile:
     """The profile of training rows.
 
     Args:
-        rows: Typed source columns, N rows.
+        rows: Typed source columns and the target, N rows.
         signature: The model's inputs.
         named: Those of which the transform knows the categories.
         missing: By input the share of the rows that have no value.
@@ -97,7 +99,10 @@ def profile(rows: pa.Table, signature: Signature, named: Collection[str], missin
             is_known = each.name in named
             found = _category(each.name, texts if is_known else shapes(texts), share)
             categories.append(msgspec.structs.replace(found, of_shapes=not is_known))
-    return Profile(rows.num_rows, numbers, categories, dates)
+    target = None
+    if signature.task == "regression" and signature.target in rows.column_names:
+        target = _number(signature.target, as_float64(rows[signature.target]), 0.0)
+    return Profile(rows.num_rows, numbers, categories, dates, target)
 
 
 def bins(edges: list[float], values: np.ndarray) -> np.ndarray:

@@ -216,7 +216,8 @@ class Model(Section):
 
 
 class Replicas(Section):
-    min: Count = 1
+    min: Annotated[int, Field(ge=0)] = 1
+    """0: none while nobody asks."""
     max: Count = 4
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from raylway.errors import UserError
 from raylway.launch import auth, worker_setup
@@ -79,7 +79,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
     Raises:
         UserError: The cluster can't be reached or refuses the token.
     """
-    if "ray" in sys.modules and importlib.import_module("ray").is_initialized():
+    if is_connected():
         yield capacity(joined=False)
         return
     address = _address()
@@ -96,7 +96,7 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
                 stack.enter_context(_shown_by(reporter))
                 threading.Thread(target=lambda: [importlib.import_module(name) for name in ahead]).start()
                 if address:
-                    _join(address, import_paths)
+                    _join(address, runtime_env=worker_setup.runtime_env(import_paths))
                 else:
                     _start(folder, import_paths)
                 have = capacity(joined=bool(address))
@@ -107,6 +107,36 @@ def connect(reporter: Reporter, import_paths: Sequence[str] = (), ahead: Sequenc
             if "ray" in sys.modules:
                 sys.modules["ray"].shutdown()
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def visit(address: str) -> Iterator[None]:
+    """Connect to a running Ray while the body runs, to look after what runs there; nothing is brought along, so that
+    nothing that stays needs what goes. A process that is connected already keeps its connection.
+
+    Raises:
+        UserError: It can't be reached or refuses the token.
+    """
+    if is_connected():
+        yield
+        return
+    _prepare_to_join(address)
+    try:
+        _join(address, log_to_driver=False)
+        yield
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+def is_connected() -> bool:
+    """Whether this process is, without importing Ray for the question."""
+    return "ray" in sys.modules and bool(importlib.import_module("ray").is_initialized())
+
+
+def gcs_address() -> str:
+    """Of the connected Ray, for another process that would join it."""
+    return str(importlib.import_module("ray").get_runtime_context().gcs_address)
 
 
 def _address() -> str:
@@ -154,7 +184,7 @@ def _prepare_to_join(address: str) -> None:
         _require_reachable(address)
 
 
-def _join(address: str, import_paths: Sequence[str]) -> None:
+def _join(address: str, **options: Any) -> None:
     import ray
     from ray.exceptions import AuthenticationError, RayError
 
@@ -162,11 +192,7 @@ def _join(address: str, import_paths: Sequence[str]) -> None:
         if address != "auto":
             # Ray itself would try for 20 s and then hide that it was the token.
             importlib.import_module("ray._raylet").GcsClient(address=address)
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            runtime_env=worker_setup.runtime_env(import_paths),
-        )
+        ray.init(address=address, logging_level=logging.ERROR, **options)
     except AuthenticationError:
         raise auth.wrong_token(address) if auth.has_token() else auth.no_token(address) from None
     except (ConnectionError, RuntimeError, RayError) as error:
@@ -241,6 +267,18 @@ def temporary_folder(reporter: Reporter) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def live_folders() -> Iterator[Path]:
+    """The `temporary_folder`s of this user that a process holds now."""
+    for lock_file in _FOLDERS.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), lock_file.open("r+") as lock:
+            if lock_file.parent.stat().st_uid != os.getuid():
+                continue  # another's, who might like to be sent our token
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield lock_file.parent
 
 
 @contextmanager

@@ -1,0 +1,425 @@
+"""Several models at once, new versions in the place of old ones, and the Serve config file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asking
+import httpx
+import loading
+import made as making
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from asking import GOOD, ask, strict
+from commands import raylway
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from raylway import cli, storage
+from raylway.bundle import contents, examples
+from raylway.bundle.predictor import Predictor
+from raylway.errors import RunFailed, UserError
+from raylway.job.schema import Replicas, Serve
+from raylway.launch import applications, proxy, replacing, services, start
+from raylway.launch.applications import Model
+from raylway.models import registry
+from raylway.runs.progress import Reporter
+from serve_app import app as serve_app
+from serve_app import index, recent, service, trial
+from serve_app.keys import Keys
+from serve_app.service import Service
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A fruit, one that says yes where the first says no, a price, and one that is higher by a spread of the target."""
+    folder = tmp_path_factory.mktemp("bundles")
+    fruit, price = making.fruit(), making.price()
+    found = {"fruit": fruit.stage(folder / "fruit", name="fruit"), "price": price.stage(folder / "price", name="price")}
+    with torch.no_grad():
+        for parameter in list(fruit.model.parameters())[-2:]:
+            parameter.copy_(parameter.flip(0))
+        list(price.model.parameters())[-1].add_(1.0)
+    return found | {
+        "turned": fruit.stage(folder / "turned", name="fruit"),
+        "dearer": price.stage(folder / "dearer", name="price"),
+    }
+
+
+@pytest.fixture(scope="module")
+def fruit(bundles: dict[str, Path]) -> Path:
+    return bundles["fruit"]
+
+
+@pytest.fixture(scope="module")
+def turned(bundles: dict[str, Path]) -> Path:
+    return bundles["turned"]
+
+
+@pytest.fixture(scope="module")
+def price(bundles: dict[str, Path]) -> Path:
+    return bundles["price"]
+
+
+@pytest.fixture
+def tampered(turned: Path, tmp_path: Path) -> Path:
+    """A whole bundle whose model does not answer as its maker's did."""
+    return tamper(turned, tmp_path / "tampered")
+
+
+def tamper(bundle: Path, folder: Path) -> Path:
+    import shutil
+
+    shutil.copytree(bundle, folder)
+    made = examples.read(folder)
+    storage.write_record(folder / contents.EXAMPLES, msgspec.structs.replace(made, outputs=made.outputs[::-1]))
+    record = storage.read_record(folder / contents.RECORD, contents.BundleRecord)
+    storage.write_record(folder / contents.RECORD, msgspec.structs.replace(record, files=contents.listed(folder)))
+    return folder
+
+
+def version(bundle: Path) -> str:
+    return contents.load(bundle).record.version
+
+
+def asked(bundle: Path, *requests: dict[str, Any]) -> list[recent.Recorded]:
+    """What a service has kept of requests."""
+    served = Service(Predictor(bundle), 64, Keys(asking.KEYS, "the test"))
+    with asking.local(served) as client:
+        for each in requests:
+            client.post(**each)
+    return served.recent.all()
+
+
+ROWS = {"url": "/predict", "json": {"rows": [GOOD, GOOD | {"length": 6}]}}
+LISTS = {"url": "/predict", "json": {"data": [[7, 2.0, "red"]]}}
+CSV = {"url": "/invocations", "content": "length,width,colour\n12,2,red\n", "headers": {"Content-Type": "text/csv"}}
+
+
+def test_the_requests_that_were_answered_are_kept_for_a_while_and_no_key_is(
+    fruit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = asked(fruit, ROWS, LISTS, CSV, {"url": "/predict", "json": {"rows": [{"length": 1}]}}, {"url": "/nowhere"})
+    assert [each.form for each in kept] == ["predict", "predict", "invocations"]
+    assert [each.answers for each in kept] == [["yes", "no"], ["no"], ["yes"]]
+    assert [json.loads(kept[0].body), json.loads(kept[1].body)] == [ROWS["json"], LISTS["json"]]
+    assert kept[2].headers == {b"content-type": b"text/csv"}
+    assert asking.KEY not in repr(kept)
+    monkeypatch.setattr(recent, "LARGEST_BYTES", len(kept[0].body))
+    monkeypatch.setattr(recent, "MOST_BYTES", 2 * len(kept[0].body))
+    large = {"url": "/predict", "json": {"rows": [GOOD] * 3}}
+    assert [json.loads(each.body) for each in asked(fruit, LISTS, ROWS, ROWS, large)] == [ROWS["json"]] * 2
+    monkeypatch.setattr(recent, "MOST_REQUESTS", 2)
+    assert len(asked(fruit, LISTS, ROWS, LISTS)) == 2  # those that come at once, once there are enough, are not kept
+
+
+def test_a_bundle_is_tried_on_requests_of_all_forms(fruit: Path, turned: Path) -> None:
+    tensor = {"name": "all", "shape": [1, 3], "datatype": "BYTES", "data": ["12", "2", "red"]}
+    parts = [{"name": name, "shape": [1], "datatype": kind, "data": [value]} for name, kind, value in PARTS]
+    kept = asked(fruit, ROWS, LISTS, CSV, {"url": "/v2/models/fruit/infer", "json": {"inputs": parts}})
+    assert len(kept) == 4, tensor
+    assert trial.attempt(str(fruit), kept) == trial.Trial(None, 4, 5, "0 of 5 rows get another label (0.0%)")
+    assert trial.attempt(str(turned), kept) == trial.Trial(None, 4, 5, "5 of 5 rows get another label (100.0%)")
+    assert trial.attempt(str(turned), []) == trial.Trial()
+
+
+PARTS = [("length", "FP64", 12.0), ("width", "FP64", 2.0), ("colour", "BYTES", "red")]
+
+
+def test_how_far_values_differ(bundles: dict[str, Path]) -> None:
+    rows = [{"size": 100, "place": "EU"}, {"size": 50, "place": "US"}]
+    kept = asked(bundles["price"], {"url": "/predict", "json": {"rows": rows}})
+    spread = contents.load(bundles["price"]).record.transform.target.spread
+    found = trial.attempt(str(bundles["dearer"]), kept)
+    assert found.differences == f"values differ by {spread:.3g} in the median, by {spread:.3g} at most"
+    assert found.failure is None
+
+
+def test_a_bundle_that_refuses_what_clients_send_is_named_with_the_reason(fruit: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    columns = {name: rng.uniform(0, 9, 40) for name in ("length", "width", "weight")}
+    table = pa.table(columns | {"colour": ["red"] * 40, "ripe": ["yes", "no"] * 20})
+    kinds = {"length": "number", "width": "number", "weight": "number", "colour": "category"}
+    needs_more = making.made(table, "ripe", kinds, steps=1).stage(tmp_path / "more", name="fruit")
+    kept = asked(fruit, ROWS, CSV)
+    failure = trial.attempt(str(needs_more), kept).failure
+    expected = "it refuses 2 of 2 recorded requests; one of them: row 0: weight is missing; expected a number"
+    expected += " (and 1 more)"
+    assert failure == expected
+    kinds = {"length": "number", "width": "number", "colour": "number"}
+    other = making.made(table.set_column(3, "colour", [rng.uniform(0, 9, 40)]), "ripe", kinds, steps=1)
+    failure = trial.attempt(str(other.stage(tmp_path / "other", name="fruit")), kept).failure
+    assert failure is not None
+    assert failure.endswith("row 0: colour expected a number")  # and not the client's value
+
+
+def test_a_bundle_that_fails_by_itself(fruit: Path, tampered: Path, tmp_path: Path) -> None:
+    failure = trial.attempt(str(tampered), []).failure
+    assert failure is not None
+    assert "the model's answers to the bundle's own examples differ" in failure
+    assert "there is no whole bundle here" in str(trial.attempt(str(tmp_path), []).failure)
+
+
+PICKY = """
+import torch
+
+def build(num_numeric, category_counts, num_outputs):
+    class Picky(torch.nn.Linear):
+        def forward(self, numeric, categorical):
+            return super().forward(numeric).log() if (numeric > 100).any() else super().forward(numeric)
+
+    return Picky(num_numeric, num_outputs)
+"""
+
+
+def test_a_bundle_whose_answer_to_a_recorded_request_is_no_number(
+    fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "picky_model.py").write_text(PICKY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    table = pa.table(
+        {"length": [5.0, 15.0] * 9, "width": [1.0, 2.0] * 9, "colour": ["red"] * 18, "ripe": ["no", "yes"] * 9}
+    )
+    kinds = {"length": "number", "width": "number", "colour": "category"}
+    spec = registry.ModelSpec("picky_model:build", {})
+    picky = making.made(table, "ripe", kinds, spec, steps=1).stage(tmp_path / "bundle", name="fruit")
+    far = {"url": "/predict", "json": {"rows": [GOOD | {"length": 1e9}]}}
+    assert trial.attempt(str(picky), asked(fruit, ROWS)).failure is None
+    assert "not a finite number" in str(trial.attempt(str(picky), asked(fruit, ROWS, far)).failure)
+
+
+def test_a_model_that_is_stuck_in_a_batch_is_not_healthy(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, begun, go_on = Predictor(fruit), threading.Event(), threading.Event()
+    forward = predictor._model.forward
+
+    def slow(*inputs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return forward(*inputs)
+
+    predictor._model.forward = slow
+    served = Service(predictor, 64)
+    with asking.local(served) as client:
+        thread = threading.Thread(target=ask, args=(client, GOOD))
+        thread.start()
+        assert begun.wait(20)
+        served.check_health()
+        monkeypatch.setattr(service, "STUCK_S", 0.0)
+        with pytest.raises(RuntimeError, match="the model has been at one batch for 0 s"):
+            served.check_health()
+        go_on.set()
+        thread.join()
+        served.check_health()
+
+
+@pytest.fixture(params=[True, False], ids=["with keys", "without keys"])
+def listed(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    keys = Keys(asking.KEYS, "the test") if request.param else None
+    with asking.local(index.Index(["flights", "fruit"], keys)) as client:
+        if not request.param:
+            client.headers.pop("authorization")
+        yield client
+
+
+def test_the_list_of_models(listed: httpx.Client) -> None:
+    models = [{"name": "flights", "path": "/flights"}, {"name": "fruit", "path": "/fruit"}]
+    assert strict(listed.get("/")) == {"models": models}
+    page = listed.get("/", headers={"Accept": "text/html,*/*"})
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert '<a href="fruit">fruit</a>' in page.text
+    assert listed.head("/").content == b""
+    assert strict(listed.get("/readyz")) == {"status": "ok"}
+    assert strict(listed.get("/predict"))["status"] == 404
+    assert listed.get("/predict").headers["content-type"] == "application/problem+json"
+    assert (listed.post("/").status_code, listed.post("/").headers["allow"]) == (405, "GET, HEAD")
+    stranger = httpx.get(f"{listed.base_url}")
+    assert stranger.status_code == (401 if "authorization" in listed.headers else 200)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"bundle": "b", "cpus": "many"}, "cpus must be a number from 0"),
+        ({"bundle": "b", "cpus": True}, "cpus must be a number from 0"),
+        ({"bundle": "b", "cpus": -1}, "cpus must be a number from 0"),
+        ({"bundle": "b", "max_replicas": 0}, "max_replicas must be a whole number from 1"),
+    ],
+)
+def test_arguments_of_the_application(args: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        serve_app.build(args)
+
+
+def test_arguments_of_the_list() -> None:
+    for args in ({}, {"models": "fruit"}, {"models": [], "bundle": "b"}):
+        with pytest.raises(UserError, match="not the arguments of the list of models"):
+            index.build(args)
+
+
+def a_run(folder: Path, bundle: Path, name: str) -> Path:
+    """The folder of a finished run, as far as serving looks at it."""
+    folder.mkdir()
+    (folder / "bundle").symlink_to(bundle)
+    (folder / "job.yaml").write_text(
+        f"name: {name}\ndata: {{source: rows.csv, target: x}}\nserve: {{replicas: {{min: 0, max: 2}}}}\n"
+    )
+    storage.write_record(folder / "run.json", making.RUN)
+    return folder
+
+
+def test_the_config_file_says_what_would_be_served(fruit: Path, price: Path, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    runs = [str(a_run(tmp_path / name, bundle, name)) for name, bundle in (("fruit", fruit), ("price", price))]
+    (tmp_path / "keys").write_text(asking.KEYS)
+    file = tmp_path / "serve.yaml"
+    done = raylway("serve", *runs, "--config", file, "--keys", "keys", "--host", "0.0.0.0", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"serve deploy {file}" in done.stderr
+    assert done.stderr.count("each node of a cluster must see it") == 2
+    config = YAML(typ="safe").load(file)
+    read = ServeDeploySchema.model_validate(config)
+    assert (read.http_options.host, read.http_options.port) == ("0.0.0.0", 8000)
+    assert [(each.name, each.route_prefix) for each in read.applications] == [
+        ("fruit", "/fruit"),
+        ("price", "/price"),
+        ("_models", "/"),
+    ]
+    assert read.applications[0].args == {
+        "bundle": str(tmp_path / "fruit" / "bundle"),
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "max_batch": 64,
+        "keys": str(tmp_path / "keys"),
+    }
+    for each in read.applications:
+        assert each.import_path in ("serve_app.app:build", "serve_app.index:build")
+    assert read.applications[-1].name == index.NAME
+    alone = CliRunner().invoke(cli.app, ["serve", runs[0], "--config"])
+    assert [each["route_prefix"] for each in YAML(typ="safe").load(alone.stdout)["applications"]] == ["/"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ONE", "ONE"], "two models have one name"),
+        ([], "name a run"),
+        (["ONE", "--replace", "--rollback"], "only one of --replace, --rollback and --config"),
+        (["ONE", "ONE", "--rollback"], "one at a time"),
+        (["ONE", "--replace"], "there is not one model of this name that is served"),
+        (["--rollback"], "it is not clear which model is meant"),
+        (["ONE", "--config", "a.yaml", "b.yaml"], "one config file is written"),
+        (["ONE", "--config", "nowhere/a.yaml"], "the file can't be written"),
+    ],
+)
+def test_what_can_not_be_served(
+    words: list[str], expected: str, fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_FOLDERS", tmp_path)  # whatever else is served on this machine
+    monkeypatch.setattr(start, "is_connected", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    run = str(a_run(tmp_path / "one", fruit, "fruit"))
+    with pytest.raises(UserError, match=expected):
+        CliRunner().invoke(
+            cli.app, ["serve", *(run if word == "ONE" else word for word in words)], catch_exceptions=False
+        )
+
+
+def test_a_service_of_this_machine_is_found_as_long_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_FOLDERS", tmp_path)
+    found = services.Service("127.0.0.1:1", "http://127.0.0.1:2", ["fruit"])
+    with services.announced(found, Reporter("lines")), start.temporary_folder(Reporter("lines")):
+        assert services.running() == [found]
+        (folder,) = (file.parent for file in tmp_path.glob("*/serving.json"))
+        assert folder.stat().st_mode & 0o077 == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(start.os, "getuid", lambda: folder.stat().st_uid + 1)
+            assert services.running() == []
+    assert services.running() == []
+    folder.mkdir()  # as a process leaves it that was killed
+    storage.write_record(folder / "serving.json", found)
+    (folder / ".lock").touch()
+    assert services.running() == []
+
+
+def test_before_haproxy_knows_an_application_clients_are_told_to_come_again(tmp_path: Path) -> None:
+    """By the program that Ray starts in HAProxy's place: it changes the configuration, which HAProxy itself checks."""
+    haproxy = proxy._haproxy()
+    if haproxy is None:
+        pytest.skip("HAProxy is not here")
+    settings = proxy._haproxy_settings(tmp_path, haproxy)
+    port, free = settings["RAY_SERVE_HAPROXY_METRICS_PORT"], settings["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]
+    config = tmp_path / "haproxy.cfg"
+    not_found = "http-request return status 404 content-type text/plain lf-string \"Path '%[path]' not found.\""
+    text = (
+        "defaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n"
+        f"frontend metrics\n    bind :{port}\nfrontend all\n    bind 127.0.0.1:{free}\n    USE\n"
+        "    default_backend nothing\n"
+        f"backend nothing\n    {not_found}\nbackend some\n    server one 127.0.0.1:1\n"
+    )
+    for use, expected in (("", "status 503 content-type text/plain string starting hdr Retry-After 1\n"), (USE, "404")):
+        config.write_text(text.replace("USE", use))
+        checked = [settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-c", "-f", str(config)]
+        done = subprocess.run(checked, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in config.read_text()
+        assert f"bind 127.0.0.1:{port}\n" in config.read_text()
+
+
+USE = "use_backend some if { path_beg /some }"
+
+
+def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
+    fruit: Path, turned: Path, price: Path, tampered: Path, ray_serve: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the schema of `serve deploy`, on Ray's own proxy. The long campaign does it with HAProxy, again and again."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from raylway.launch import serve_config
+
+    options = Serve(replicas=Replicas(min=1, max=1))
+    models = [Model("fruit", fruit, options), Model("price", price, options)]
+    config = YAML(typ="safe").load(serve_config.content(models, "127.0.0.1", 8000, None))
+    for each in config["applications"][:2]:
+        each["args"]["cpus"] = 0.5
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+    with httpx.Client(base_url=ray_serve, timeout=60) as client:
+        assert [each["name"] for each in strict(client.get("/"))["models"]] == ["fruit", "price"]
+        assert strict(client.get("/price/signature"))["model"]["name"] == "price"
+        assert strict(client.get("/price/predict"))["status"] == 405
+        assert "/predict" in strict(client.get("/fruit/openapi.json"))["paths"]
+        with (
+            pytest.raises(UserError, match="there is an application in this place"),
+            applications.deployed(models[:1], {}),
+        ):
+            pass
+        with loading.load(f"{ray_serve}/fruit", clients=1) as load:
+            with pytest.raises(RunFailed, match="answers to the bundle's own examples differ") as caught:
+                replacing.replace([Model("fruit", tampered, options)], Reporter("lines"))
+            assert f"fruit goes on with {fruit}" in str(caught.value)
+            assert set(load.versions) == {version(fruit)}
+            replacing.replace([Model("fruit", turned, options)], Reporter("lines"))
+            assert ask(httpx.Client(base_url=f"{ray_serve}/fruit", timeout=60), GOOD)[1]["predictions"] == ["no"]
+        assert load.failed == {}, load.failures
+        assert load.versions.keys() == {version(fruit), version(turned)}
+        told = capsys.readouterr().err
+        assert "rows get another label (100.0%)" in told
+        assert "fruit comes from a Serve config file" in told
+        before = applications.running()["fruit"].arguments["before"]
+        assert before == {"bundle": str(fruit), "cpus": 0.5, "min_replicas": 1, "max_replicas": 1, "max_batch": 64}
+        with pytest.raises(UserError, match="nothing was replaced here"):
+            replacing.rollback("price", Reporter("lines"))
+    for name in ("fruit", "price", index.NAME):
+        serve.delete(name)
