@@ -6,6 +6,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,55 @@ def test_before_haproxy_knows_an_application_clients_are_told_to_come_again(tmp_
         assert done.returncode == 0, done.stderr
         assert expected in config.read_text()
         assert f"bind 127.0.0.1:{port}\n" in config.read_text()
+
+
+@pytest.fixture
+def exchanged(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> Exchanged:
+    """What Ray Serve would be told, and no Ray."""
+    return Exchanged(fruit, monkeypatch)
+
+
+class Exchanged:
+    """An application as `replacing` sees it: its arguments, which `put` changes."""
+
+    def __init__(self, bundle: Path, patch: pytest.MonkeyPatch) -> None:
+        self.arguments: dict[str, Any] = serve_app.bound({"bundle": str(bundle)})._bound_deployment.user_config
+        patch.setattr(replacing, "_visited", self._visited)
+        patch.setattr(replacing, "_recorded", lambda *_: [])
+        patch.setattr(replacing, "_try", lambda *_: None)
+        for name, stand_in in {"put": self._put, "wait_until_ready": lambda *_: None, "address": lambda: ""}.items():
+            patch.setattr(applications, name, stand_in)
+        patch.setattr(applications, "require_everywhere", lambda *_: None)
+
+    @contextmanager
+    def _visited(self, *_: Any) -> Iterator[applications.Running]:
+        yield applications.Running("fruit", "/", self.arguments, {}, 1, is_declared=False)
+
+    def _put(self, _name: str, _path: str, given: dict[str, Any], *_: Any) -> None:
+        self.arguments = serve_app.bound(given)._bound_deployment.user_config
+
+    def replace(self, bundle: Path, keys: Path | None = None) -> None:
+        replacing.replace([Model("fruit", bundle, Serve())], Reporter("lines"), keys)
+
+    def rollback(self) -> None:
+        replacing.rollback("fruit", Reporter("lines"))
+
+    @property
+    def held(self) -> tuple[Path, str | None]:
+        return Path(self.arguments["bundle"]), self.arguments.get("keys")
+
+
+def test_the_way_back_brings_the_bundle_and_leaves_the_keys(fruit: Path, turned: Path, exchanged: Exchanged) -> None:
+    exchanged.replace(turned, keys=Path("/keys/first"))
+    assert exchanged.held == (turned, "/keys/first")
+    exchanged.rollback()  # to a bundle that was served without keys
+    assert exchanged.held == (fruit, "/keys/first")
+    exchanged.replace(turned, keys=Path("/keys/second"))
+    exchanged.rollback()  # to one whose keys have been revoked since
+    assert exchanged.held == (fruit, "/keys/second")
+    exchanged.arguments.pop("keys")
+    exchanged.rollback()
+    assert exchanged.held == (turned, None)
 
 
 USE = "use_backend some if { path_beg /some }"

@@ -50,7 +50,7 @@ def replace(models: Sequence[Model], reporter: Reporter, keys: Path | None = Non
 
 
 def rollback(name: str | None, reporter: Reporter) -> None:
-    """Return to the bundle that was served before.
+    """Return to the bundle that was served before; the API keys stay, which may have been changed for a reason.
 
     Args:
         name: Of the application; may be left out where there is one.
@@ -70,6 +70,7 @@ def rollback(name: str | None, reporter: Reporter) -> None:
                 found=f"{old.arguments['bundle']}, as it was started",
                 fix="name what is to be served: raylway serve RUN --replace",
             )
+        given = _with_keys(given, old.arguments.get("keys"))
         applications.require_everywhere([storage.place(given["bundle"])], old.runtime_env)
         _try(old, given, [], reporter)  # requests of the newer version may be none of its own
         _exchange(old, given, reporter)
@@ -153,6 +154,11 @@ def _try(old: Running, given: dict[str, Any], recorded: list[Recorded], reporter
             stage.finish(f"answers its examples and {found.requests:,} recorded requests; {found.differences}")
         else:
             stage.finish("answers its examples; no recorded requests")
+
+
+def _with_keys(given: dict[str, Any], keys: str | None) -> dict[str, Any]:
+    """Arguments with these API keys, or with none, whatever they held."""
+    return {name: value for name, value in given.items() if name != "keys"} | ({"keys": keys} if keys else {})
 
 
 def _exchange(old: Running, given: dict[str, Any], reporter: Reporter) -> None:
