@@ -427,6 +427,16 @@ def test_the_way_back_brings_the_bundle_and_leaves_the_keys(fruit: Path, turned:
     assert exchanged.held == (turned, None)
 
 
+def test_the_same_bundle_once_more_leaves_the_way_back(fruit: Path, turned: Path, exchanged: Exchanged) -> None:
+    exchanged.replace(fruit, keys=Path("/keys/first"))
+    assert "before" not in exchanged.arguments
+    exchanged.replace(turned)
+    exchanged.replace(turned, keys=Path("/keys/second"))
+    assert exchanged.held == (turned, "/keys/second")
+    exchanged.rollback()
+    assert exchanged.held == (fruit, "/keys/second")
+
+
 USE = "use_backend some if { path_beg /some }"
 
 

@@ -165,14 +165,16 @@ def _exchange(old: Running, given: dict[str, Any], reporter: Reporter) -> None:
     from raylway.bundle import contents
 
     before = {name: value for name, value in old.arguments.items() if name != "before"}
+    is_same = given["bundle"] == before["bundle"]  # with other keys, or limits: the way back stays
+    given = given | {"before": old.arguments.get("before") if is_same else before}
     with reporter.stage("replace") as stage:
         try:
-            applications.put(old.name, old.route, given | {"before": before}, old.runtime_env)
+            applications.put(old.name, old.route, given, old.runtime_env)
         except RunFailed as error:
             applications.put(old.name, old.route, old.arguments, old.runtime_env)
-            message = f"{given['bundle']} does not start: {error}\n{old.name} goes on with {before['bundle']}"
+            message = f"{given['bundle']} does not start: {error}\n{old.name} goes on with {old.arguments['bundle']}"
             raise RunFailed(message) from None
         url = applications.address() + old.route.rstrip("/")
         version = contents.load(storage.place(given["bundle"])).record.version
         applications.wait_until_ready(url, version)
-        stage.finish(f"{old.name} {version} at {url}, in place of {before['bundle']}")
+        stage.finish(f"{old.name} {version} at {url}, in place of {old.arguments['bundle']}")
