@@ -92,7 +92,7 @@ for line in sys.stdin:
                 app.TO_ZERO_DELAY_S = 3.0
                 found = applications.running()[name]
                 if word == "to zero":
-                    applications.put(name, found.route, found.arguments | {"min_replicas": 0}, {})
+                    applications.put(found, found.arguments | {"min_replicas": 0})
                 print(json.dumps(found.replicas), flush=True)
                 continue
         print(json.dumps("done"), flush=True)

@@ -400,7 +400,7 @@ class Exchanged:
     def _visited(self, *_: Any) -> Iterator[applications.Running]:
         yield applications.Running("fruit", "/", self.arguments, {}, 1, is_declared=False)
 
-    def _put(self, _name: str, _path: str, given: dict[str, Any], *_: Any) -> None:
+    def _put(self, _old: applications.Running, given: dict[str, Any]) -> None:
         self.arguments = serve_app.bound(given)._bound_deployment.user_config
 
     def replace(self, bundle: Path, keys: Path | None = None) -> None:
@@ -425,6 +425,14 @@ def test_the_way_back_brings_the_bundle_and_leaves_the_keys(fruit: Path, turned:
     exchanged.arguments.pop("keys")
     exchanged.rollback()
     assert exchanged.held == (turned, None)
+
+
+def test_what_a_replica_needs_of_a_machine_stays(turned: Path, exchanged: Exchanged) -> None:
+    exchanged.arguments["cpus"] = 0.5
+    exchanged.replace(turned)
+    assert exchanged.arguments["cpus"] == 0.5
+    options = serve_app.bound(exchanged.arguments, {"num_cpus": 2, "num_gpus": 0.5})._bound_deployment.ray_actor_options
+    assert options == {"num_cpus": 2, "num_gpus": 0.5}
 
 
 def test_the_same_bundle_once_more_leaves_the_way_back(fruit: Path, turned: Path, exchanged: Exchanged) -> None:
@@ -455,6 +463,7 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
     config = YAML(typ="safe").load(serve_config.content(models, "127.0.0.1", 8000, None))
     for each in config["applications"][:2]:
         each["args"]["cpus"] = 0.5
+        each["deployments"] = [{"name": "model", "ray_actor_options": {"num_cpus": 0.25, "memory": 1e6}}]
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
     with httpx.Client(base_url=ray_serve, timeout=60) as client:
         assert [each["name"] for each in strict(client.get("/"))["models"]] == ["fruit", "price"]
@@ -479,6 +488,8 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
         assert "rows get another label (100.0%)" in told
         assert "fruit comes from a Serve config file" in told
         before = applications.running()["fruit"].arguments["before"]
+        needs = applications.running()["fruit"].actor_options
+        assert (needs["num_cpus"], needs["memory"]) == (0.25, 1e6)
         assert before == {"bundle": str(fruit), "cpus": 0.5, "min_replicas": 1, "max_replicas": 1, "max_batch": 64}
         with pytest.raises(UserError, match="nothing was replaced here"):
             replacing.rollback("price", Reporter("lines"))

@@ -40,12 +40,17 @@ class Running(NamedTuple):
     route: str
     arguments: dict[str, Any]
     """Of `serve_app.app:build`; empty if it was built by something else."""
-    runtime_env: dict[str, Any]
-    """Of its replicas."""
+    actor_options: dict[str, Any]
+    """Ray's, of its replicas: what each needs, and its runtime environment."""
     replicas: int
     """That take requests."""
     is_declared: bool
     """By a Serve config file."""
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """Of its replicas."""
+        return self.actor_options.get("runtime_env") or {}
 
 
 def arguments(model: Model, keys: Path | str | None, cores: int | None) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def running() -> dict[str, Running]:
             name,
             each["route_prefix"] or "",
             config.get("user_config") or {},
-            (config.get("ray_actor_options") or {}).get("runtime_env") or {},
+            config.get("ray_actor_options") or {},
             sum(replica["state"] == "RUNNING" for replica in deployment.get("replicas", [])),
             each["source"] == "declarative",
         )
@@ -143,8 +148,10 @@ def deployed(
                 serve.delete(target.name, _blocking=blocking)
 
 
-def put(name: str, path: str, given: dict[str, Any], runtime_env: dict[str, Any]) -> None:
+def put(old: Running, given: dict[str, Any]) -> None:
     """Give an application that runs other arguments, and wait until its replicas have been exchanged one after another.
+
+    What a replica needs of a machine stays, whoever has said it: a Serve config file may have overruled the arguments.
 
     Raises:
         RunFailed: No replica of the new kind starts; those of the old kind go on.
@@ -155,9 +162,9 @@ def put(name: str, path: str, given: dict[str, Any], runtime_env: dict[str, Any]
 
     _be_quiet()
     try:
-        serve.run(bound(given, {"runtime_env": runtime_env} if runtime_env else None), name=name, route_prefix=path)
+        serve.run(bound(given, old.actor_options), name=old.name, route_prefix=old.route)
     except RuntimeError as error:
-        raise RunFailed(reason(name, error)) from None
+        raise RunFailed(reason(old.name, error)) from None
 
 
 def reason(name: str, error: Exception) -> str:

@@ -44,6 +44,7 @@ def replace(models: Sequence[Model], reporter: Reporter, keys: Path | None = Non
         with _visited(model.name, reporter) as old:
             cores = _cores() if old.arguments["cpus"] == 0 else None
             given = applications.arguments(model, keys or old.arguments.get("keys"), cores)
+            given["cpus"] = old.arguments["cpus"]
             applications.require_everywhere([model.bundle], old.runtime_env)
             _try(old, given, _recorded(old, reporter), reporter)
             _exchange(old, given, reporter)
@@ -169,9 +170,9 @@ def _exchange(old: Running, given: dict[str, Any], reporter: Reporter) -> None:
     given = given | {"before": old.arguments.get("before") if is_same else before}
     with reporter.stage("replace") as stage:
         try:
-            applications.put(old.name, old.route, given, old.runtime_env)
+            applications.put(old, given)
         except RunFailed as error:
-            applications.put(old.name, old.route, old.arguments, old.runtime_env)
+            applications.put(old, old.arguments)
             message = f"{given['bundle']} does not start: {error}\n{old.name} goes on with {old.arguments['bundle']}"
             raise RunFailed(message) from None
         url = applications.address() + old.route.rstrip("/")
