@@ -104,8 +104,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     return bound(args)
 
 
-def bound(args: dict[str, Any], actor_options: dict[str, Any] | None = None) -> serve.Application:
-    """As `build`, with further options of Ray for the replicas."""
+def bound(
+    args: dict[str, Any], actor_options: dict[str, Any] | None = None, code_version: str | None = None
+) -> serve.Application:
+    """As `build`, with further options of Ray for the replicas, and Serve's version of those that may go on."""
     known = {"bundle", "before", "keys", "cpus", *DEFAULTS}
     unknown = sorted(args.keys() - known)
     if unknown or not args.get("bundle"):
@@ -131,6 +133,8 @@ def bound(args: dict[str, Any], actor_options: dict[str, Any] | None = None) -> 
         # Serve tells it to whoever asks what is served, also when no replica runs.
         user_config={name: value for name, value in settled.items() if value is not None},
     )
+    if code_version:  # Serve makes one up otherwise; inside Serve, held by a test
+        scaled = scaled.options(version=code_version, _internal=True)
     return scaled.bind(bundle, max_batch, keys)
 
 

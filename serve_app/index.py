@@ -22,6 +22,7 @@ from serve_app.problems import HttpProblem
 
 NAME = "_models"
 """Of the application; no job has such a name."""
+DEPLOYMENT = "index"
 _HTML = b"text/html"
 _SAFE = (
     (b"x-content-type-options", b"nosniff"),
@@ -87,10 +88,9 @@ class Index:
 
 
 @serve.deployment(
-    name="index",
+    name=DEPLOYMENT,
     max_ongoing_requests=64,
     max_surge_percent=100,
-    ray_actor_options={"num_cpus": 0},
     logging_config=LoggingConfig(enable_access_log=False),
 )
 @serve.ingress()
@@ -103,9 +103,17 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Index:
         return self._index
 
+    def reconfigure(self, arguments: dict[str, Any]) -> None:
+        """Called by Serve, which wants it where there is a `user_config`; the constructor has all that it needs."""
+
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application.
+    """The application; as `bound`."""
+    return bound(args)
+
+
+def bound(args: dict[str, Any], actor_options: dict[str, Any] | None = None) -> serve.Application:
+    """The application, with further options of Ray for its replica.
 
     Args:
         args: `models`, their names; `keys`, the file of the API keys if there is one.
@@ -121,5 +129,9 @@ def build(args: dict[str, Any]) -> serve.Application:
             expected="models, a list of names, and if you like keys",
             found=", ".join(map(str, args)) or "none",
         )
-    keys = args.get("keys")
-    return Replica.bind(models, str(Path(keys).absolute()) if keys else None)  # type: ignore[attr-defined]
+    keys = str(Path(args["keys"]).absolute()) if args.get("keys") else None
+    configured: serve.Deployment = Replica.options(  # type: ignore[attr-defined] # the decorator has made it one
+        ray_actor_options={"num_cpus": 0, **(actor_options or {})},
+        user_config={"models": models} | ({"keys": keys} if keys else {}),  # for whoever gives it other keys
+    )
+    return configured.bind(models, keys)

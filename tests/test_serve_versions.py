@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from raylway.bundle import contents, examples
 from raylway.bundle.predictor import Predictor
 from raylway.errors import RunFailed, UserError
 from raylway.job.schema import Replicas, Serve
-from raylway.launch import applications, proxy, replacing, services, start
+from raylway.launch import applications, proxy, replacing, services, serving, start
 from raylway.launch.applications import Model
 from raylway.models import registry
 from raylway.runs.progress import Reporter
@@ -319,6 +320,13 @@ def test_the_config_file_says_what_would_be_served(fruit: Path, price: Path, tmp
         (["--rollback"], "it is not clear which model is meant"),
         (["ONE", "--config", "a.yaml", "b.yaml"], "one config file is written"),
         (["ONE", "--config", "nowhere/a.yaml"], "the file can't be written"),
+        (["ONE", "--config", "JOB"], "there is another file in this place"),
+        (
+            ["fruit", "--rollback", "--keys", "keys"],
+            "rollback: --keys can't be given here",
+        ),
+        (["--rollback", "--port", "8000"], "--port can't be given here"),
+        (["ONE", "--replace", "--host", "::1", "--port", "1"], "--host and --port can't be given here"),
     ],
 )
 def test_what_can_not_be_served(
@@ -327,11 +335,11 @@ def test_what_can_not_be_served(
     monkeypatch.setattr(start, "_FOLDERS", tmp_path)  # whatever else is served on this machine
     monkeypatch.setattr(start, "is_connected", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "")
-    run = str(a_run(tmp_path / "one", fruit, "fruit"))
+    run = a_run(tmp_path / "one", fruit, "fruit")
+    named, job = {"ONE": str(run), "JOB": str(run / "job.yaml")}, (run / "job.yaml").read_text()
     with pytest.raises(UserError, match=expected):
-        CliRunner().invoke(
-            cli.app, ["serve", *(run if word == "ONE" else word for word in words)], catch_exceptions=False
-        )
+        CliRunner().invoke(cli.app, ["serve", *(named.get(word, word) for word in words)], catch_exceptions=False)
+    assert (run / "job.yaml").read_text() == job
 
 
 def test_a_service_of_this_machine_is_found_as_long_as_it_lives(
@@ -389,7 +397,14 @@ class Exchanged:
 
     def __init__(self, bundle: Path, patch: pytest.MonkeyPatch) -> None:
         self.arguments: dict[str, Any] = serve_app.bound({"bundle": str(bundle)})._bound_deployment.user_config
+        self.puts: list[tuple[str, str | None, bool]] = []
+        self.failures: list[BaseException] = []
+        self.keys_of_list: list[Path] = []
+        listed = applications.Running(index.NAME, "/", {}, {}, 1, is_declared=False)
+        patch.setattr(applications, "running", lambda: {index.NAME: listed})
+        patch.setattr(applications, "put_list", lambda _, keys: self.keys_of_list.append(keys))
         patch.setattr(replacing, "_visited", self._visited)
+        patch.setattr(applications, "code_version", lambda _: "of old")
         patch.setattr(replacing, "_recorded", lambda *_: [])
         patch.setattr(replacing, "_try", lambda *_: None)
         for name, stand_in in {"put": self._put, "wait_until_ready": lambda *_: None, "address": lambda: ""}.items():
@@ -400,8 +415,13 @@ class Exchanged:
     def _visited(self, *_: Any) -> Iterator[applications.Running]:
         yield applications.Running("fruit", "/", self.arguments, {}, 1, is_declared=False)
 
-    def _put(self, _old: applications.Running, given: dict[str, Any]) -> None:
+    def _put(
+        self, _old: applications.Running, given: dict[str, Any], code_version: str | None = None, wait: bool = True
+    ) -> None:
         self.arguments = serve_app.bound(given)._bound_deployment.user_config
+        self.puts.append((given["bundle"], code_version, wait))
+        if self.failures:
+            raise self.failures.pop(0)
 
     def replace(self, bundle: Path, keys: Path | None = None) -> None:
         replacing.replace([Model("fruit", bundle, Serve())], Reporter("lines"), keys)
@@ -422,9 +442,71 @@ def test_the_way_back_brings_the_bundle_and_leaves_the_keys(fruit: Path, turned:
     exchanged.replace(turned, keys=Path("/keys/second"))
     exchanged.rollback()  # to one whose keys have been revoked since
     assert exchanged.held == (fruit, "/keys/second")
+    assert exchanged.keys_of_list == [Path("/keys/first"), Path("/keys/second")]
     exchanged.arguments.pop("keys")
     exchanged.rollback()
     assert exchanged.held == (turned, None)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_exchange_that_is_stopped_is_taken_back(
+    end: BaseException, fruit: Path, turned: Path, exchanged: Exchanged
+) -> None:
+    exchanged.failures = [end]
+    with pytest.raises(type(end)):
+        exchanged.replace(turned)
+    assert exchanged.puts == [(str(turned), None, True), (str(fruit), "of old", False)]
+    with pytest.raises(UserError, match="nothing was replaced here"):
+        exchanged.rollback()
+
+
+def test_neither_the_new_bundle_nor_the_old_one_starts(fruit: Path, turned: Path, exchanged: Exchanged) -> None:
+    exchanged.failures = [RunFailed("no memory"), RunFailed("no disk")]
+    with pytest.raises(RunFailed) as caught:
+        exchanged.replace(turned)
+    reasons = f"{turned} does not start: no memory\nfruit can't go on with {fruit} either: no disk"
+    assert str(caught.value) == reasons
+    assert exchanged.puts == [(str(turned), None, True), (str(fruit), "of old", True)]
+
+
+def test_what_has_keys_and_asks_for_none_is_not_served(
+    fruit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a cluster whose Ray was started without the keys of the command's environment."""
+    with asking.local(Service(Predictor(fruit), 64)) as client:
+        url = str(client.base_url)
+        with pytest.raises(RunFailed, match="answer without an API key, although there are keys"):
+            serving._require_guarded([url], True, Reporter("lines"))
+        for host in ("::", "127.0.0.1"):
+            monkeypatch.setattr(applications, "host", lambda host=host: host)
+            serving._require_guarded([url], False, Reporter("lines"))
+    assert capsys.readouterr().err.count("there are no API keys: whoever reaches") == 1
+    with asking.local(Service(Predictor(fruit), 64, Keys(asking.KEYS, "the test"))) as client:
+        monkeypatch.setattr(applications, "host", lambda: "0.0.0.0")
+        serving._require_guarded([str(client.base_url)], True, Reporter("lines"))
+        serving._require_guarded([str(client.base_url)], False, Reporter("lines"))  # keys of `ray start`
+    assert capsys.readouterr().err == ""
+
+
+def test_nodes_that_do_not_say_what_they_see(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def look() -> list[str]:
+        return ["seen"]
+
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise OSError
+
+    nodes = [{"NodeManagerAddress": f"10.0.0.{number}"} for number in (1, 2, 3)]
+    assert applications._answers(nodes[:1], [look.remote()]) == [["seen"]]
+    monkeypatch.setattr(applications, "_LOOK_TIMEOUT_S", 1)
+    stuck = look.options(resources={"nowhere": 1}).remote()
+    with pytest.raises(UserError) as caught:
+        applications._answers(nodes, [ray.put(["seen"]), fail.remote(), stuck])
+    assert caught.value.where.endswith("(OSError) on 10.0.0.2, GetTimeoutError on 10.0.0.3"), caught.value
+    ray.cancel(stuck)
 
 
 def test_what_a_replica_needs_of_a_machine_stays(turned: Path, exchanged: Exchanged) -> None:
@@ -445,11 +527,26 @@ def test_the_same_bundle_once_more_leaves_the_way_back(fruit: Path, turned: Path
     assert exchanged.held == (fruit, "/keys/second")
 
 
+def process_ids(name: str) -> set[int]:
+    """Of the replicas that take requests."""
+    from ray.serve.context import _get_global_client
+
+    found: Any = _get_global_client()
+    replicas = found.get_serve_details()["applications"][name]["deployments"]["model"]["replicas"]
+    return {each["pid"] for each in replicas if each["state"] == "RUNNING"}
+
+
 USE = "use_backend some if { path_beg /some }"
 
 
 def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
-    fruit: Path, turned: Path, price: Path, tampered: Path, ray_serve: str, capsys: pytest.CaptureFixture[str]
+    fruit: Path,
+    turned: Path,
+    price: Path,
+    tampered: Path,
+    ray_serve: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By the schema of `serve deploy`, on Ray's own proxy. The long campaign does it with HAProxy, again and again."""
     from ray import serve
@@ -480,7 +577,14 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
                 replacing.replace([Model("fruit", tampered, options)], Reporter("lines"))
             assert f"fruit goes on with {fruit}" in str(caught.value)
             assert set(load.versions) == {version(fruit)}
+            old, now = process_ids("fruit"), applications.running()["fruit"]
+            made_of = applications.code_version(now)
+            applications.put(now, now.arguments | {"bundle": str(turned)}, wait=False)
+            assert applications.code_version(now) != made_of
+            applications.put(now, now.arguments, made_of)  # as on Ctrl-C
+            assert process_ids("fruit") == old
             replacing.replace([Model("fruit", turned, options)], Reporter("lines"))
+            assert process_ids("fruit").isdisjoint(old)
             assert ask(httpx.Client(base_url=f"{ray_serve}/fruit", timeout=60), GOOD)[1]["predictions"] == ["no"]
         assert load.failed == {}, load.failures
         assert load.versions.keys() == {version(fruit), version(turned)}
@@ -493,5 +597,13 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
         assert before == {"bundle": str(fruit), "cpus": 0.5, "min_replicas": 1, "max_replicas": 1, "max_batch": 64}
         with pytest.raises(UserError, match="nothing was replaced here"):
             replacing.rollback("price", Reporter("lines"))
+        (tmp_path / "keys").write_text(asking.KEYS)
+        applications.put_list(applications.running()[index.NAME], tmp_path / "keys")
+        deadline = time.monotonic() + 60
+        while client.get("/").status_code != 401:  # until the proxy has heard of it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        names = [each["name"] for each in strict(client.get("/", headers=asking.ALLOWED))["models"]]
+        assert names == ["fruit", "price"]
     for name in ("fruit", "price", index.NAME):
         serve.delete(name)

@@ -231,8 +231,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a parameter is an option
         typer.Argument(metavar="RUN...", help="Runs as above; several answer below the names of their jobs."),
     ] = None,
     storage: Storage = "runs",
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; 8000 unless told otherwise.")] = None,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys; without them everybody may ask.")] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Put RUN in the place of the run of its job that is served now.")
@@ -253,6 +253,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a parameter is an option
     names = runs or []
     if replace + rollback + config > 1:
         raise UserError("only one of --replace, --rollback and --config at a time", where="raylway serve")
+    if rollback or replace:
+        replacing.refuse(host=host, port=port, keys=keys if rollback else None)
     if rollback:
         replacing.rollback(_one(names), _reporter(json_))
         return
@@ -262,6 +264,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a parameter is an option
         raise UserError("name a run", where="raylway serve", fix="list them with: raylway runs")
     root = existing_root(storage)
     models = serving.models_of([find_run(root, name, with_bundle=True) for name in names])
+    host, port = host or "127.0.0.1", port or 8000
     if config:
         serving.write_config(models, host, port, keys, files, _reporter(json_))
     elif replace:

@@ -39,7 +39,7 @@ class Running(NamedTuple):
     name: str
     route: str
     arguments: dict[str, Any]
-    """Of `serve_app.app:build`; empty if it was built by something else."""
+    """Of `serve_app.app:build`, or of `serve_app.index:build`; empty if it was built by something else."""
     actor_options: dict[str, Any]
     """Ray's, of its replicas: what each needs, and its runtime environment."""
     replicas: int
@@ -83,6 +83,7 @@ def running() -> dict[str, Running]:
     from ray import serve
     from ray.serve.context import _get_global_client
 
+    from serve_app import index
     from serve_app.app import DEPLOYMENT
 
     if not serve.status().applications:
@@ -90,7 +91,7 @@ def running() -> dict[str, Running]:
     found: Any = _get_global_client()
     applications = {}
     for name, each in found.get_serve_details()["applications"].items():
-        deployment = each["deployments"].get(DEPLOYMENT, {})
+        deployment = each["deployments"].get(index.DEPLOYMENT if name == index.NAME else DEPLOYMENT, {})
         config = deployment.get("deployment_config", {})
         applications[name] = Running(
             name,
@@ -148,10 +149,16 @@ def deployed(
                 serve.delete(target.name, _blocking=blocking)
 
 
-def put(old: Running, given: dict[str, Any]) -> None:
-    """Give an application that runs other arguments, and wait until its replicas have been exchanged one after another.
+def put(old: Running, given: dict[str, Any], code_version: str | None = None, wait: bool = True) -> None:
+    """Give an application that runs other arguments, so that its replicas are exchanged one after another.
 
     What a replica needs of a machine stays, whoever has said it: a Serve config file may have overruled the arguments.
+
+    Args:
+        old: The application.
+        given: Its arguments from now on.
+        code_version: As of `code_version`, for arguments that replicas of that version have; those go on.
+        wait: Until the replicas have been exchanged.
 
     Raises:
         RunFailed: No replica of the new kind starts; those of the old kind go on.
@@ -162,9 +169,37 @@ def put(old: Running, given: dict[str, Any]) -> None:
 
     _be_quiet()
     try:
-        serve.run(bound(given, old.actor_options), name=old.name, route_prefix=old.route)
+        target = serve.RunTarget(bound(given, old.actor_options, code_version), old.name, old.route)
+        serve.run_many([target], wait_for_applications_running=wait)
     except RuntimeError as error:
         raise RunFailed(reason(old.name, error)) from None
+
+
+def put_list(old: Running, keys: Path) -> None:
+    """Give the list of models other API keys.
+
+    Raises:
+        RunFailed: It does not start with them; the old one goes on.
+    """
+    from ray import serve
+
+    from serve_app import index
+
+    try:
+        given = old.arguments | {"keys": str(keys)}
+        serve.run(index.bound(given, old.actor_options), name=old.name, route_prefix=old.route)
+    except RuntimeError as error:
+        raise RunFailed(f"the list of models keeps its API keys: {reason(old.name, error)}") from None
+
+
+def code_version(old: Running) -> str:
+    """Serve's own name for what the replicas of an application are made of now."""
+    from ray.serve.context import _get_global_client
+
+    from serve_app.app import DEPLOYMENT
+
+    found: Any = _get_global_client()
+    return str(found.get_deployment_info(DEPLOYMENT, old.name)[0].version)
 
 
 def reason(name: str, error: Exception) -> str:
@@ -179,13 +214,14 @@ def reason(name: str, error: Exception) -> str:
 
 def address() -> str:
     """The address at which Serve takes requests: one that was there before keeps its own host and port."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    http = client.http_config
+    http = _http()
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(http.host, f"[{http.host}]" if ":" in http.host else http.host)
     return f"http://{host}:{http.port}"
+
+
+def host() -> str:
+    """What Serve listens on."""
+    return str(_http().host)
 
 
 def wait_until_ready(url: str, version: str | None = None) -> None:
@@ -228,7 +264,7 @@ def require_everywhere(bundles: Sequence[Place], runtime_env: dict[str, Any] | N
         for node in nodes
     ]
     mine = _seen(folders)
-    for node, found in zip(nodes, ray.get(asked, timeout=_LOOK_TIMEOUT_S), strict=True):
+    for node, found in zip(nodes, _answers(nodes, asked), strict=True):
         for folder, here, there in zip(folders, mine, found, strict=True):
             if here != there:
                 raise UserError(
@@ -238,6 +274,31 @@ def require_everywhere(bundles: Sequence[Place], runtime_env: dict[str, Any] | N
                     found=f"another one, or none, on {node['NodeManagerAddress']}",
                     fix="keep runs in a bucket (storage: s3://bucket/path in the job file) or on a shared disk",
                 )
+
+
+def _answers(nodes: Sequence[dict[str, Any]], asked: Sequence[Any]) -> list[list[str | None]]:
+    """What the nodes see.
+
+    Raises:
+        UserError: Some don't answer in time, or can't look.
+    """
+    import ray
+
+    deadline = time.monotonic() + _LOOK_TIMEOUT_S
+    found, failed = [], []
+    for node, each in zip(nodes, asked, strict=True):
+        try:
+            found.append(ray.get(each, timeout=max(0.0, deadline - time.monotonic())))
+        except ray.exceptions.RayError as error:
+            failed.append(f"{type(error).__name__} on {node['NodeManagerAddress']}")
+    if failed:
+        raise UserError(
+            "not all nodes of the cluster say whether they see the bundle",
+            where=", ".join(failed),
+            expected=f"an answer of each of the {len(nodes)} nodes within {_LOOK_TIMEOUT_S} s",
+            fix="see whether these nodes work: ray status, and Ray's logs there",
+        )
+    return found
 
 
 def _seen(folders: list[Path]) -> list[str | None]:
@@ -266,6 +327,14 @@ def _why(names: list[str], error: Exception) -> str:
     failed = [name for name in names if name in statuses and statuses[name].status == "DEPLOY_FAILED"]
     named = f"{failed[0]}: " if failed and len(names) > 1 else ""
     return f"{named}the model does not start: {reason(failed[0] if failed else names[0], error)}"
+
+
+def _http() -> Any:
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    return client.http_config
 
 
 def _be_quiet() -> None:

@@ -67,7 +67,7 @@ exec {binary} "$@"
 @contextmanager
 def settings(reporter: Reporter) -> Iterator[None]:
     """Decide before Ray is imported which proxy an embedded Ray uses, and give HAProxy files and ports of its own."""
-    if os.environ.get("RAY_ADDRESS"):
+    if not start.is_embedded():
         yield
         return
     with start.temporary_folder(reporter) as folder:

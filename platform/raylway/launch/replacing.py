@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylway import storage
 from raylway.errors import RunFailed, UserError
-from raylway.launch import applications, services, start
+from raylway.launch import applications, serve_config, services, start
 from raylway.launch.applications import Model, Running
 from raylway.runs.progress import Reporter
 
@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 
 _ASK_TIMEOUT_S = 30
 _TRIAL_TIMEOUT_S = 600
+
+
+def refuse(**options: object) -> None:
+    """Refuse options of `raylway serve` that were given, and that only a new service takes.
+
+    Raises:
+        UserError: There are some.
+    """
+    if given := " and ".join(f"--{name}" for name, value in options.items() if value is not None):
+        raise UserError(
+            f"{given} can't be given here",
+            where="raylway serve --replace or --rollback",
+            expected="neither: what is served keeps its address, and its API keys but for those of --replace --keys",
+            fix="leave it out",
+        )
 
 
 def replace(models: Sequence[Model], reporter: Reporter, keys: Path | None = None) -> None:
@@ -48,6 +63,8 @@ def replace(models: Sequence[Model], reporter: Reporter, keys: Path | None = Non
             applications.require_everywhere([model.bundle], old.runtime_env)
             _try(old, given, _recorded(old, reporter), reporter)
             _exchange(old, given, reporter)
+            if keys and (listed := applications.running().get(serve_config.INDEX)):
+                applications.put_list(listed, keys)
 
 
 def rollback(name: str | None, reporter: Reporter) -> None:
@@ -80,8 +97,8 @@ def rollback(name: str | None, reporter: Reporter) -> None:
 @contextmanager
 def _visited(name: str | None, reporter: Reporter) -> Iterator[Running]:
     """Connect to the Ray that serves a model, and say what runs there."""
-    with start.visit(_address(name)):
-        ours = {each.name: each for each in applications.running().values() if each.arguments}
+    with start.visit(_address(name)), start.ended_by_sigterm():
+        ours = {each.name: each for each in applications.running().values() if "bundle" in each.arguments}
         if name is None and len(ours) == 1:
             name = next(iter(ours))
         if name not in ours:
@@ -93,13 +110,13 @@ def _visited(name: str | None, reporter: Reporter) -> Iterator[Running]:
 
 def _address(name: str | None) -> str:
     """Of the Ray that serves a model: the one that the environment names, else one of this machine."""
-    if address := os.environ.get("RAY_ADDRESS"):
-        return address
+    if not start.is_embedded():
+        return os.environ.get("RAY_ADDRESS", "")
     found = services.running()
     matching = [each for each in found if name is None or name in each.names]
-    if len(matching) != 1 and not start.is_connected():
+    if len(matching) != 1:
         raise _not_served(name, "; ".join(map(str, found)) or "nothing on this machine")
-    return matching[0].address if matching else ""
+    return matching[0].address
 
 
 def _cores() -> int:
@@ -168,14 +185,28 @@ def _exchange(old: Running, given: dict[str, Any], reporter: Reporter) -> None:
     before = {name: value for name, value in old.arguments.items() if name != "before"}
     is_same = given["bundle"] == before["bundle"]  # with other keys, or limits: the way back stays
     given = given | {"before": old.arguments.get("before") if is_same else before}
+    version = contents.load(storage.place(given["bundle"])).record.version
+    code_version = applications.code_version(old)
     with reporter.stage("replace") as stage:
+        url = applications.address() + old.route.rstrip("/")
         try:
             applications.put(old, given)
+            applications.wait_until_ready(url, version)
         except RunFailed as error:
-            applications.put(old, old.arguments)
-            message = f"{given['bundle']} does not start: {error}\n{old.name} goes on with {old.arguments['bundle']}"
+            message = f"{given['bundle']} does not start: {error}\n{_put_back(old, code_version)}"
             raise RunFailed(message) from None
-        url = applications.address() + old.route.rstrip("/")
-        version = contents.load(storage.place(given["bundle"])).record.version
-        applications.wait_until_ready(url, version)
+        except BaseException:  # Ctrl-C, SIGTERM: Serve would go on with the exchange
+            reporter.note(_put_back(old, code_version, wait=False))
+            raise
         stage.finish(f"{old.name} {version} at {url}, in place of {old.arguments['bundle']}")
+
+
+def _put_back(old: Running, code_version: str, wait: bool = True) -> str:
+    """Return to what was served, whose replicas go on as they are; says whether that went well."""
+    import ray
+
+    try:
+        applications.put(old, old.arguments, code_version, wait)
+    except (RunFailed, ray.exceptions.RayError) as error:
+        return f"{old.name} can't go on with {old.arguments['bundle']} either: {error}"
+    return f"{old.name} goes on with {old.arguments['bundle']}"

@@ -12,8 +12,10 @@ from ruamel.yaml import YAML
 from raylway.launch import applications
 from raylway.launch.applications import Model
 
-_HEAD = """\
-# For `serve deploy FILE`, or as the serveConfigV2 of a KubeRay RayService (there with host 0.0.0.0).
+FIRST_LINE = "# For `serve deploy FILE`, or as the serveConfigV2 of a KubeRay RayService (there with host 0.0.0.0)."
+"""Tells our own files, which may be written anew, from others."""
+_HEAD = f"""\
+{FIRST_LINE}
 # Every node has Raylway in its image, and sees the bundles.
 """
 INDEX = "_models"

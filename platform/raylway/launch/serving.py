@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import threading
 import urllib.error
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from raylway.errors import UserError
+from raylway.errors import RunFailed, UserError
 from raylway.launch import applications, proxy, serve_config, services, start
 from raylway.launch.applications import Model
 from raylway.runs.progress import Reporter
@@ -56,7 +55,7 @@ def serve(models: Sequence[Model], host: str, port: int, reporter: Reporter, key
 
     Raises:
         UserError: A bundle or the keys can't be read, the port is taken, or the cluster can't be reached.
-        RunFailed: A model does not start.
+        RunFailed: A model does not start, or answers without a key although there are keys.
     """
     with served(models, host, port, reporter, keys) as url:
         for model in models:
@@ -75,9 +74,8 @@ def served(
     from serve_app import keys as api_keys
 
     records = [contents.load(model.bundle).record for model in models]
-    if api_keys.read(keys) is None and host not in _LOOPBACK:
-        reporter.note(f"there are no API keys: whoever reaches {host} may ask (--keys FILE)")
-    is_embedded = not os.environ.get("RAY_ADDRESS")
+    has_keys = api_keys.read(keys) is not None
+    is_embedded = start.is_embedded()
     if is_embedded:
         proxy.require_free(host, port)
     with proxy.settings(reporter), start.connect(reporter) as have, ExitStack() as stack:
@@ -85,6 +83,7 @@ def served(
             cores = max(1, int(have.cpus)) if is_embedded else None
             applications.require_everywhere([model.bundle for model in models])
             url = stack.enter_context(applications.deployed(models, {"host": host, "port": port}, keys, cores))
+            _require_guarded([url + applications.route(model, models) for model in models], has_keys, reporter)
             named = ", ".join(f"{record.name} {record.version}" for record in records)
             docs = f"{url}/docs shows how to ask" if len(models) == 1 else f"{url}/ lists them"
             stage.finish(f"{named} at {url} through {proxy.shown(url)}; {docs}")
@@ -100,7 +99,7 @@ def write_config(
     """Write the Serve config file of models, to standard output if no file is named.
 
     Raises:
-        UserError: Two files are named, or the file can't be written.
+        UserError: Two files are named, the file can't be written, or there is one that is no such file.
     """
     if len(files) > 1:
         raise UserError("one config file is written", where="--config", found=", ".join(map(str, files)))
@@ -112,10 +111,34 @@ def write_config(
         print(text, end="")
         return
     try:
+        if files[0].exists() and not files[0].read_bytes().startswith(serve_config.FIRST_LINE.encode()):
+            raise UserError(
+                "there is another file in this place",
+                where=str(files[0]),
+                expected=f"no file, or one that starts with: {serve_config.FIRST_LINE}",
+                fix="name another one",
+            )
         files[0].write_text(text)
     except OSError as error:
         raise UserError("the file can't be written", where=str(files[0]), found=str(error.strerror)) from None
     reporter.note(f"serve deploy {files[0]}")
+
+
+def _require_guarded(urls: Sequence[str], has_keys: bool, reporter: Reporter) -> None:
+    """Prove that what answers asks for a key if there are keys, and warn where others may reach what asks for none.
+
+    Raises:
+        RunFailed: It asks for none.
+    """
+    if all(_needs_key(url.rstrip("/")) for url in urls):
+        return
+    if has_keys:
+        raise RunFailed(
+            "the replicas answer without an API key, although there are keys: those of this command's environment do "
+            "not reach a cluster\n  fix: name a file that every node has with --keys"
+        )
+    if (host := applications.host()) not in _LOOPBACK:
+        reporter.note(f"there are no API keys: whoever reaches {host} may ask (--keys FILE)")
 
 
 def _needs_key(url: str) -> bool:

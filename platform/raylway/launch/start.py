@@ -57,8 +57,7 @@ _CLUSTER_SETTINGS = {
 
 def is_embedded() -> bool:
     """Whether `connect` would start a Ray of its own."""
-    joined = "ray" in sys.modules and importlib.import_module("ray").is_initialized()
-    return not joined and not _address()
+    return not is_connected() and not _address()
 
 
 @contextmanager
