@@ -363,7 +363,8 @@ def test_before_haproxy_knows_an_application_clients_are_told_to_come_again(tmp_
     not_found = "http-request return status 404 content-type text/plain lf-string \"Path '%[path]' not found.\""
     text = (
         "defaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n"
-        f"frontend metrics\n    bind :{port}\nfrontend all\n    bind 127.0.0.1:{free}\n    USE\n"
+        f"frontend metrics\n    bind :{port}\nfrontend all\n    bind 127.0.0.1:{free}\n"
+        "    # for use_backend selection below\n    USE\n"
         "    default_backend nothing\n"
         f"backend nothing\n    {not_found}\nbackend some\n    server one 127.0.0.1:1\n"
     )
