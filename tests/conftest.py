@@ -119,7 +119,7 @@ def trip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `made.trips`, as a run publishes it."""
     import made
 
-    return made.published(tmp_path_factory.mktemp("trip"), *made.trips(), hour="number")
+    return made.published(tmp_path_factory.mktemp("trip"), *made.trips(), hour="number", weekend="boolean")
 
 
 @pytest.fixture(scope="module")

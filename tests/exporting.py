@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 import pyarrow as pa
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from raylway.bundle.predictor import Predictor
@@ -243,7 +243,7 @@ def whatever(case: Case, examples: int, *ways: Callable[[list[Row]], list[np.nda
     """Drawn rows have the predictor's answers by each of the ways."""
 
     @given(st.lists(TRIPS, min_size=1, max_size=12))
-    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
     def check(rows: list[Row]) -> None:
         for ask in ways:
             agree(case, ask(rows), rows)

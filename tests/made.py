@@ -178,12 +178,13 @@ def trips() -> tuple[pa.Table, str, dict[str, str]]:
             "carrier": rng.choice(["AA", "B, 6", 'U"A'], count, p=[0.7, 0.2, 0.1]),
             "hour": rng.integers(5, 24, count),
             "stop": [f"stop {index % 150:03d}" for index in range(count)],
+            "weekend": rng.random(count) < 0.3,
             "booked": days.astype(str).tolist(),
             "left": [f"{text}Z" for text in times.astype(str).tolist()],
             "late": rng.choice(["no", "yes"], count),
         }
     )
-    kinds = ["number", "number", "number?", "category?", "category", "category", "date", "date"]
+    kinds = ["number", "number", "number?", "category?", "category", "category", "category", "date", "date"]
     return table, "late", dict(zip(table.column_names[:-1], kinds, strict=True))
 
 

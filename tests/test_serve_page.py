@@ -42,6 +42,7 @@ def test_example_values_look_as_those_of_the_data(trip: Path) -> None:
         assert type(row["day"]) is int and 1 <= row["day"] <= 31
         assert type(row["hour"]) is int and 5 <= row["hour"] < 24
         assert row["fare"] == round(row["fare"], 2) and 2 <= row["fare"] <= 90
+        assert type(row["weekend"]) is bool
         assert row["carrier"] in ("AA", "B, 6", 'U"A')
         assert re.fullmatch(r"2013-\d\d-\d\d", row["booked"])
         assert re.fullmatch(r"2013-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["left"])
@@ -172,7 +173,7 @@ def test_a_bundle_of_an_earlier_version(trip: Path, browser: Browser, tmp_path: 
     storage.write_record(folder / contents.RECORD, record)
     with asking.local(Service(Predictor(folder), 64)) as client, opened(browser, client) as page:
         assert ask(page)["rows"] == examples.read(trip).rows[:1]
-        assert text(page, "#lead") == "Predicts late (no or yes) from 8 inputs."
+        assert text(page, "#lead") == "Predicts late (no or yes) from 9 inputs."
         assert page.locator("#metrics").is_hidden()
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
+import asking
 import httpx
 import numpy as np
 import pytest
 from asking import strict
-from browsing import downloaded, example_csv, text, upload
+from browsing import downloaded, example_csv, opened, text, upload
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
+
+from raylway.bundle.predictor import Predictor
+from serve_app import service
+from serve_app.service import Service
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=6) | st.sampled_from(
     ['"', '""', ",", "\n", "\r\n", " a ", ";", "\t", '","', "é", "🙂"]
@@ -42,10 +48,20 @@ def test_csv_is_read_as_python_reads_it(page: Page) -> None:
 
 
 def test_a_file_comes_back_with_answers(page: Page, trip_client: httpx.Client) -> None:
-    names = ["left", "carrier", "id", "stop", "fare", "day", "booked", "hour"]  # another order, no delay, an id
+    names = [
+        "left",
+        "carrier",
+        "id",
+        "stop",
+        "fare",
+        "day",
+        "booked",
+        "hour",
+        "weekend",
+    ]  # another order, no delay, an id
     rows = [
         ["2013-03-01T05:00:00Z", ["AA", "B, 6", "new\nline", ""][at % 4], f"{at:05d}", f"stop {at % 150:03d}",
-         f" {at / 100} ", str(1 + at % 31), "2013-02-03", str(at % 24)]
+         f" {at / 100} ", str(1 + at % 31), "2013-02-03", str(at % 24), ["True", "false"][at % 2]]
         for at in range(1203)
     ]  # fmt: skip
     rows[3][4], rows[600][4], rows[700][6], rows[701][7] = "cheap", "", "soon", "inf"
@@ -63,7 +79,7 @@ def test_a_file_comes_back_with_answers(page: Page, trip_client: httpx.Client) -
     assert len(back) == len(rows) + 1
     problems = {at: row[-1] for at, row in enumerate(back[1:]) if row[-1]}
     assert problems.pop(3) == "fare expected a number; found ‘cheap’"
-    assert problems.pop(5) == "has 4 cells, the header 8"
+    assert problems.pop(5) == "has 4 cells, the header 9"
     assert problems.pop(600) == "fare is empty"
     assert problems.pop(700).startswith("booked expected a date")
     assert problems.pop(701) == "hour is not a finite number"
@@ -80,6 +96,7 @@ def test_a_file_comes_back_with_answers(page: Page, trip_client: httpx.Client) -
             "day": int(row[5]),
             "booked": row[6],
             "hour": int(row[7]),
+            "weekend": row[8] == "True",
         }
         | ({"carrier": row[1]} if row[1] else {})
         for row in (rows[at] for at in good)
@@ -90,6 +107,19 @@ def test_a_file_comes_back_with_answers(page: Page, trip_client: httpx.Client) -
         assert back[at + 1][-4] == label
         assert [float(text) for text in back[at + 1][-3:-1]] == [probabilities["no"], probabilities["yes"]]
     assert page.locator("#answers tbody tr").count() == 100
+
+
+def test_requests_are_as_small_as_the_server_wants(
+    browser: Browser, trip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_BODY_BYTES", 1500)
+    with asking.local(Service(Predictor(trip), 64)) as client, opened(browser, client) as page:
+        sent: list[int] = []
+        page.on("request", lambda request: sent.append(len(request.post_data_buffer)))
+        upload(page, example_csv(page, 30))
+        assert text(page, "#csv-status") == "rows.csv: 30 of 30 rows answered."
+        assert len(sent) > 2
+        assert max(sent) <= 1500
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_fails_fails_rows(page: Page) -> None:
@@ -119,7 +149,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_fails_fails_rows(page
     ("content", "words"),
     [
         (b"", "The file is empty."),
-        (b"day,fare\n1,2\n", "The header lacks hour, stop, booked, left. It has day, fare."),
+        (b"day,fare\n1,2\n", "The header lacks hour, stop, weekend, booked, left. It has day, fare."),
         (b"day,day\n1,2\n", "The column day stands in the header twice."),
         (b"day,fare\n\xff,2\n", "not text in UTF-8"),
         (b'day,"fare\n1,2\n', "The quote that opens in the record of line 1 never closes."),

@@ -47,11 +47,11 @@ function showClasses({classes, data}) {
   const most = Math.max(1, ...counts);
   const listed = classes.map((name, index) => [name, counts[index]]);
   if (counts.length) listed.sort((a, b) => b[1] - a[1]);
-  at("class-head").replaceChildren(cells("th", counts.length ? ["class", "training rows", make("td")] : ["class"]));
+  at("class-head").replaceChildren(cells("th", counts.length ? ["class", make("th", {scope: "col", class: "number", text: "training rows"}), make("td")] : ["class"]));
   at("class-rows").replaceChildren(...listed.slice(0, MOST_CLASSES).map(([name, count]) => {
     const fill = make("i");
     fill.style.setProperty("--w", count / most);
-    const track = make("td", {class: "wide", "aria-hidden": "true"}, make("span", {class: "track"}, fill));
+    const track = make("td", {class: "fill", "aria-hidden": "true"}, make("span", {class: "track"}, fill));
     const known = counts.length ? [make("td", {class: "number", text: counted.format(count)}), track] : [];
     return cells("td", [make("th", {scope: "row", text: name}), ...known]);
   }));

@@ -58,8 +58,10 @@ class Mistakes:
 
     def _problems(self, content: Any) -> Iterable[Problem]:
         if type(content) is not dict or content.keys() - {"ids"} not in ({"rows"}, {"data"}):
-            keys = f"the keys {', '.join(map(_shown, content))}"[:_LONGEST] if content else "an empty object"
-            found = keys if type(content) is dict else _named(content)
+            if type(content) is not dict:
+                found = _named(content)
+            else:
+                found = f"the keys {', '.join(map(_shown, content))}"[:_LONGEST] if content else "an empty object"
             yield Problem(None, None, f'expected an object with one key, "rows" or "data"; found {found}')
             return
         form: Form = "rows" if "rows" in content else "data"

@@ -23,6 +23,9 @@ from raylway.runs.progress import Reporter
 _SETTINGS = {
     # The application has an event loop that it never blocks: a second thread with a loop of its own only costs.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # A proxy that has failed three checks in a row is started anew: with 10 s between them nobody was answered for half
+    # a minute (measured).
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 _HAPROXY_SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -51,7 +54,7 @@ nothing_yet='s/^( *http-request return status )404 (content-type [^ ]*).*/\\1503
 for argument; do
   if [ "$previous" = -f ]; then
     sed -i -E 's/^( *bind )[*]?:({ports})$/\\1127.0.0.1:\\2/' "$argument"
-    grep -q use_backend "$argument" || sed -i -E "$nothing_yet" "$argument"
+    grep -q '^ *use_backend ' "$argument" || sed -i -E "$nothing_yet" "$argument"
   fi
   previous=$argument
 done
