@@ -22,6 +22,9 @@ MAX_WAITING_BATCHES = 512
 """A queue longer than this takes no further request. One of many rows is taken whole while the queue is shorter."""
 
 
+_NOTHING = Rows(np.zeros((0, 0)), [])
+
+
 class Overloaded(Exception):
     """The queue is full."""
 
@@ -94,7 +97,8 @@ class Batcher:
             return await request.future
         finally:
             self._waiting_rows -= request.left  # of one that was cancelled or failed
-            request.taken = len(rows)
+            # its place stays in the queue for as long as a batch is computed; what it asked must not
+            request.rows, request.taken = _NOTHING, 0
 
     async def _drain(self) -> None:
         """Compute batches until nothing waits; the next request starts it anew."""

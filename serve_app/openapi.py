@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from raylway import __version__
 from raylway.bundle import examples
 from raylway.bundle.contents import Bundle
+from raylway.bundle.mistakes import INT64
 from raylway.features.signature import Input, Signature
 from serve_app.forms import Model
 from serve_app.problems import TITLES
@@ -21,6 +23,7 @@ _PATIENCE = {
     "description": "how long the client waits",
 }
 _PROBLEMS = (400, 401, 408, 413, 415, 422, 429, 500, 503)
+_LARGEST = sys.float_info.max
 _MOST_CATEGORIES = 50
 """Named in the description of a feature; `GET /signature` and the bundle have them all."""
 
@@ -51,8 +54,9 @@ def document(model: Model, tensors: Tensors, max_body_bytes: int) -> dict[str, A
         "/invocations": _operation(
             "invocations",
             "Answer rows as MLflow's scoring server does",
-            f"`text/csv` with a line of names is taken too. {limit}",
-            {"type": "object"},
+            "`inputs` may also hold a list of values for each feature; "
+            f"`text/csv` with a line of names is taken too, and `params` if they are empty. {limit}",
+            _ref("InvocationsRequest"),
             {
                 "dataframe_records": {"dataframe_records": made},
                 "dataframe_split": {
@@ -69,9 +73,9 @@ def document(model: Model, tensors: Tensors, max_body_bytes: int) -> dict[str, A
             "Answer rows by the Open Inference Protocol",
             "A tensor for each feature, or one of all features in the order of `/signature`; with the binary data "
             f"extension. {limit}",
-            {"type": "object"},
+            _ref("InferRequest"),
             {"tensors": tensors.example(made[0])} if made else {},
-            {"type": "object"},
+            _ref("InferAnswer"),
         ),
         "/signature": _page("What the model takes and gives", "application/json"),
         "/card": _page("What the model was made from, and how good it is", "application/json"),
@@ -128,7 +132,13 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
         "required": [each.name for each in signature.inputs if each.required],
         "additionalProperties": False,
     }
-    listed = {"type": "array", "prefixItems": list(values.values()), "items": False, "minItems": len(values)}
+    listed = {
+        "type": "array",
+        "prefixItems": list(values.values()),
+        "minItems": len(values),
+        "maxItems": len(values),
+        "description": "values in the order of the signature",
+    }
     model = _object({"name": {"type": "string"}, "version": {"type": "string"}})
     answers: dict[str, Schema] = {"predictions": {"type": "array", "items": {"type": "number"}}, "model": model}
     if signature.classes:
@@ -138,14 +148,19 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
     width = max(1, len(signature.classes))
     output = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
     text: Schema = {"type": "string"}
-    ids: Schema = {"type": "array", "items": {"type": ["string", "integer"]}, "description": "one for each row"}
+    each_id = {"type": ["string", "integer"], "minimum": -INT64, "maximum": INT64 - 1}
+    ids: Schema = {"type": "array", "items": each_id, "description": "one for each row"}
     mistake = {"row": {"type": ["integer", "null"]}, "feature": {"type": ["string", "null"]}, "reason": text}
     problem = _object({"type": text, "title": text, "status": {"type": "integer"}, "detail": text})
     problem["properties"]["errors"] = {"type": "array", "items": _object(mistake)}
+    problem["properties"]["error"] = text | {"description": "under /v2 the detail again, where that protocol has it"}
     return {
         "Row": row,
         "RowsRequest": _object({"rows": {"type": "array", "items": _ref("Row")}}, ids=ids),
-        "DataRequest": _object({"data": {"type": "array", "items": listed}}),
+        "Listed": listed,
+        "DataRequest": _object({"data": {"type": "array", "items": _ref("Listed")}}),
+        **_invocations([each.name for each in signature.inputs]),
+        **_tensors(),
         "Answers": _object(answers, ids=ids),
         "NestedList": {
             "type": "array",
@@ -156,9 +171,43 @@ def schemas(signature: Signature, bundle: Bundle) -> dict[str, Schema]:
     }
 
 
+def _invocations(names: list[str]) -> dict[str, Schema]:
+    """The JSON forms of MLflow's scoring server."""
+    rows, lists = ({"type": "array", "items": _ref(name)} for name in ("Row", "Listed"))
+    columns = {"type": "array", "items": {"type": "string", "enum": names}, "uniqueItems": True}
+    columns |= {"minItems": len(names), "maxItems": len(names)}
+    cells = {"type": "array", "items": {"type": "array", "items": {}, "description": "values in the order of columns"}}
+    bodies = {
+        "dataframe_records": rows,
+        "dataframe_split": _ref("Frame"),
+        "instances": {"oneOf": [rows, lists]},
+        "inputs": {"oneOf": [rows, lists]},
+    }
+    frame = _object({"columns": columns, "data": cells}, index={"type": "array", "items": {}})
+    return {"Frame": frame, "InvocationsRequest": {"oneOf": [_object({key: body}) for key, body in bodies.items()]}}
+
+
+def _tensors() -> dict[str, Schema]:
+    """The JSON of the Open Inference Protocol."""
+    text: Schema = {"type": "string"}
+    free: Schema = {"type": "object"}
+    tensor = _object(
+        {"name": text, "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "datatype": text}
+    )
+    tensor["properties"] |= {"data": {"type": "array", "items": {}}, "parameters": free}
+    asked = _object({"inputs": {"type": "array", "items": _ref("Tensor")}}, id=text, parameters=free)
+    asked["properties"]["outputs"] = {"type": "array", "items": _object({"name": text}, parameters=free)}
+    answer = {"model_name": text, "model_version": text, "outputs": {"type": "array", "items": _ref("Tensor")}}
+    return {"Tensor": tensor, "InferRequest": asked, "InferAnswer": _object(answer, id=text)}
+
+
 def _value(each: Input, categories: list[str]) -> Schema:
     kinds = {"number": ["number"], "category": ["string", "number", "boolean"], "date": ["string"]}[each.type]
     schema: Schema = {"type": kinds if each.required else [*kinds, "null"]}
+    if each.type == "number":
+        schema |= {"minimum": -_LARGEST, "maximum": _LARGEST}
+    elif each.type == "category":
+        schema |= {"minimum": -INT64, "maximum": INT64 - 1}  # of a number among its texts
     if each.required and each.type != "number":
         schema["minLength"] = 1  # an empty text is a missing cell
     if each.type == "date":

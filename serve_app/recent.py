@@ -18,9 +18,9 @@ from serve_app.forms import Headers
 
 MOST_REQUESTS = 256
 MOST_BYTES = 8 << 20
-"""Of all bodies together."""
+"""Of all bodies and answers together."""
 LARGEST_BYTES = 1 << 20
-"""A larger request is not kept."""
+"""A request that is larger with its answers is not kept."""
 EVERY_S = 0.25
 """A request so soon after the last one that was kept is not, once the sample is full."""
 _KEPT = (b"content-type", b"inference-header-content-length")
@@ -50,13 +50,16 @@ class Recent:
     def add(self, form: str, headers: Headers, body: bytes, outputs: np.ndarray) -> None:
         """A request was answered."""
         now = time.monotonic()
-        if len(body) > LARGEST_BYTES or (len(self._kept) >= MOST_REQUESTS and now < self._next_at):
+        size = len(body) + outputs.nbytes
+        is_full = len(self._kept) >= MOST_REQUESTS or self._bytes + size > MOST_BYTES
+        if size > LARGEST_BYTES or (is_full and now < self._next_at):
             return
         self._next_at = now + EVERY_S
         self._kept.append((form, {name: headers[name] for name in _KEPT if name in headers}, body, outputs))
-        self._bytes += len(body)
+        self._bytes += size
         while len(self._kept) > MOST_REQUESTS or self._bytes > MOST_BYTES:
-            self._bytes -= len(self._kept.popleft()[2])
+            _, _, body, outputs = self._kept.popleft()
+            self._bytes -= len(body) + outputs.nbytes
 
     def all(self) -> list[Recorded]:
         """The sample, the oldest first."""

@@ -5,6 +5,7 @@ Nothing is written down, and of a refused request only the feature and what was 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -40,11 +41,14 @@ def attempt(bundle: str, recorded: list[Recorded]) -> Trial:
     try:
         predictor = Predictor(contents.load(storage.place(bundle)))
         examples.check(predictor)
-        return _ask(predictor, recorded)
     except (UserError, RunFailed) as error:
         return Trial(str(error))
     except Exception as error:  # noqa: BLE001
         return Trial(f"it raised {type(error).__name__}: {error}")
+    try:
+        return _ask(predictor, recorded)
+    except Exception as error:  # noqa: BLE001 - whose words may quote a client's value
+        return Trial(f"it raised {type(error).__name__} when it was asked a recorded request")
 
 
 def _ask(predictor: Predictor, recorded: list[Recorded]) -> Trial:
@@ -70,11 +74,11 @@ def _ask(predictor: Predictor, recorded: list[Recorded]) -> Trial:
 
 
 def _reason(error: Exception) -> str:
-    """Without the client's value, which messages tell last."""
+    """Without the client's value, which messages tell last, and exceptions of the user's code in their words."""
     sentence = str(unprocessable(error).body["detail"]) if isinstance(error, InvalidRows) else str(error)
     if isinstance(error, HttpProblem):
         sentence = str(error.body["detail"])
-    return sentence.partition("; found")[0]
+    return re.sub(r"(your function raised \w+):.*", r"\1", sentence, flags=re.S).partition("; found")[0]
 
 
 def _differences(before: list[Any], now: list[Any]) -> str:

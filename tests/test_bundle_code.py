@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import made as making
@@ -120,3 +121,28 @@ def test_code_that_can_not_be_carried(module: str, words: str, tmp_path: Path) -
     with pytest.raises(UserError, match=words):
         code.copy([module], tmp_path / "code")
     assert not (tmp_path / "code").exists()
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_a_model_of_another_precision_answers_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    source = f"""
+        import torch
+
+        def build(num_numeric, category_counts, num_outputs):
+            class Other(torch.nn.Linear):
+                def forward(self, numeric, categorical):
+                    return super().forward(numeric).to(torch.{precision})
+
+            return Other(num_numeric, num_outputs)
+        """
+    (tmp_path / "other_precision.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    table = pa.table({"length": [5.0, 15.0] * 9, "ripe": ["no", "yes"] * 9})
+    spec = registry.ModelSpec("other_precision:build", {})
+    bundle = making.made(table, "ripe", {"length": "number"}, spec, steps=0).stage(tmp_path / "bundle", name="other")
+    found = Predictor(bundle).predict(table.select(["length"]))
+    assert found.probabilities is not None
+    assert found.probabilities.dtype == np.float32
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,55 @@ def test_the_client_that_awaits_and_hears_nothing(server: tuple[Recorder, str]) 
         url, words = f"http://127.0.0.1:{silent.getsockname()[1]}", "no answer: ReadTimeout"
         with Client(url, timeout_s=0.3) as client, pytest.raises(RequestFailed, match=words):
             client.predict(ROWS)
+
+
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for_longer() -> None:
+    sent = 0
+
+    def trickle() -> None:
+        nonlocal sent
+        connection, _ = slow.accept()
+        connection.recv(1 << 16)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(1000):
+                connection.sendall(b" ")
+                sent += 1
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        threading.Thread(target=trickle, daemon=True).start()
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        with Client(url, timeout_s=0.3) as client, pytest.raises(RequestFailed, match="no answer"):
+            client.predict(ROWS)
+    assert 0 < sent < 1000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pd.Timestamp("2013-01-01T05:00"),
+        np.datetime64("2013-01-01T05:00", "ns"),
+        np.datetime64("2013-01-01T05:00", "s"),
+        datetime(2013, 1, 1, 5),
+    ],
+)
+def test_dates_in_whatever_form(value: Any) -> None:
+    (body,) = cutting.bodies([{"when": value}], None)
+    assert json.loads(body.content) == {"rows": [{"when": "2013-01-01T05:00:00"}]}
+
+
+@pytest.mark.parametrize("value", [pd.NaT, pd.NA, np.datetime64("NaT"), np.float32("nan"), float("nan"), None])
+def test_what_is_missing_in_whatever_form(value: Any) -> None:
+    (body,) = cutting.bodies([{"when": value}], None)
+    assert json.loads(body.content) == {"rows": [{"when": None}]}
+
+
+def test_tables_with_dates() -> None:
+    frame = pd.DataFrame({"when": pd.to_datetime(["2013-01-01T05:00", None])})
+    for rows in (frame, frame.to_dict("records"), pl.from_pandas(frame), pa.Table.from_pandas(frame)):
+        (body,) = cutting.bodies(cutting.records(rows), None)
+        assert json.loads(body.content) == {"rows": [{"when": "2013-01-01T05:00:00"}, {"when": None}]}
 
 
 def test_the_client_needs_neither_ray_nor_torch() -> None:

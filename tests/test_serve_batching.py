@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -182,9 +184,16 @@ def test_a_client_that_goes_away_is_not_computed() -> None:
         busy = asyncio.create_task(batcher.submit(rows(1)))
         while not model.batches:
             await asyncio.sleep(0)
-        gone, stays = asyncio.create_task(batcher.submit(rows(2))), asyncio.create_task(batcher.submit(rows(3)))
+        leaving = rows(2)
+        leaves = weakref.ref(leaving.numbers)
+        gone, stays = asyncio.create_task(batcher.submit(leaving)), asyncio.create_task(batcher.submit(rows(3)))
+        del leaving
         await asyncio.sleep(0)
         gone.cancel()
+        await asyncio.sleep(0)
+        del gone  # and with it the frames that its end has seen
+        gc.collect()
+        assert leaves() is None  # its rows do not wait for the batch at hand
         model.gate.set()
         assert (await stays).tolist() == [6]
         await busy

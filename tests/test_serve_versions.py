@@ -115,10 +115,17 @@ def test_the_requests_that_were_answered_are_kept_for_a_while_and_no_key_is(
     assert [json.loads(kept[0].body), json.loads(kept[1].body)] == [ROWS["json"], LISTS["json"]]
     assert kept[2].headers == {b"content-type": b"text/csv"}
     assert asking.KEY not in repr(kept)
-    monkeypatch.setattr(recent, "LARGEST_BYTES", len(kept[0].body))
-    monkeypatch.setattr(recent, "MOST_BYTES", 2 * len(kept[0].body))
+    size = len(kept[0].body) + 16  # and two rows of two probabilities
+    monkeypatch.setattr(recent, "LARGEST_BYTES", size)
+    monkeypatch.setattr(recent, "MOST_BYTES", 2 * size)
+    monkeypatch.setattr(recent, "EVERY_S", 0)
     large = {"url": "/predict", "json": {"rows": [GOOD] * 3}}
     assert [json.loads(each.body) for each in asked(fruit, LISTS, ROWS, ROWS, large)] == [ROWS["json"]] * 2
+    monkeypatch.setattr(recent, "LARGEST_BYTES", size - 1)  # the answers count, too
+    assert asked(fruit, ROWS) == []
+    monkeypatch.setattr(recent, "LARGEST_BYTES", size)
+    monkeypatch.setattr(recent, "EVERY_S", 60)
+    assert [json.loads(each.body) for each in asked(fruit, ROWS, ROWS, LISTS)] == [ROWS["json"]] * 2
     monkeypatch.setattr(recent, "MOST_REQUESTS", 2)
     assert len(asked(fruit, LISTS, ROWS, LISTS)) == 2  # those that come at once, once there are enough, are not kept
 

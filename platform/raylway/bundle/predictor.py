@@ -181,7 +181,7 @@ class Predictor:
 
     def _finished(self, output: torch.Tensor) -> torch.Tensor:
         if self._target.task == "classification":
-            return output.softmax(dim=1)
+            return output.float().softmax(dim=1)  # a model of the user's own may compute in another precision
         return output.reshape(CHUNK_ROWS).double() * self._target.spread + self._target.mean
 
 

@@ -86,7 +86,13 @@ def _refuse_infinite(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of NumPy or pandas as Python's own."""
+    """A scalar of NumPy or pandas as Python's own; NaT and pandas' NA are missing."""
+    if type(value).__name__ in {"NaTType", "NAType"}:
+        return None
+    if hasattr(value, "to_pydatetime"):
+        return value.to_pydatetime(warn=False)
+    if type(value).__name__ == "datetime64":  # NaT gives None
+        return value.astype("datetime64[us]").item()
     if hasattr(value, "item"):
         plain = value.item()
         if isinstance(plain, float) and math.isinf(plain):

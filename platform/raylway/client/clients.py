@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -120,7 +121,7 @@ class Client(_Questions):
                 time.sleep(action.seconds)
                 continue
             try:
-                outcome = self._http.send(_built(self._http, action))
+                outcome = _sent(self._http, action)
             except httpx.TransportError as error:
                 outcome = error
 
@@ -179,6 +180,20 @@ class AsyncClient(_Questions):
                 outcome = httpx.ReadTimeout("no answer in time")
             except httpx.TransportError as error:
                 outcome = error
+
+
+def _sent(http: httpx.Client, action: Send) -> httpx.Response:
+    """The whole answer within the time; httpx's own limit is one for connecting and for each read."""
+    until = time.monotonic() + action.timeout_s
+    parts = []
+    with closing(http.send(_built(http, action), stream=True)) as answer:
+        for part in answer.iter_bytes():
+            parts.append(part)
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout("no answer in time")
+    coded = {"content-encoding", "content-length", "transfer-encoding"}
+    headers = [(name, value) for name, value in answer.headers.multi_items() if name not in coded]
+    return httpx.Response(answer.status_code, headers=headers, content=b"".join(parts), request=answer.request)
 
 
 def _built(http: httpx.Client | httpx.AsyncClient, action: Send) -> httpx.Request:

@@ -44,8 +44,9 @@ _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _EMBEDDED_SETTINGS = {
-    # How soon Ray Train sees that workers ended or died: 2 s by default, which a small job feels twice.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # How soon Ray Train sees that workers ended or died: 2 s by default, which a small job feels twice. Each look
+    # takes a worker time that it trains in.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A laptop gets no notice that it will be taken away; one process less to start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
