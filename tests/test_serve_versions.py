@@ -543,6 +543,26 @@ def process_ids(name: str) -> set[int]:
     return {each["pid"] for each in replicas if each["state"] == "RUNNING"}
 
 
+def an_exchange_is_taken_back(bundle: Path) -> None:
+    """As on Ctrl-C."""
+    now = applications.running()["fruit"]
+    made_of = applications.code_version(now)
+    applications.put(now, now.arguments | {"bundle": str(bundle)}, wait=False)
+    assert applications.code_version(now) != made_of
+    applications.put(now, now.arguments, made_of)
+
+
+def the_list_gets_keys(client: httpx.Client, folder: Path) -> None:
+    (folder / "keys").write_text(asking.KEYS)
+    applications.put_list(applications.running()[index.NAME], folder / "keys")
+    deadline = time.monotonic() + 60
+    while client.get("/").status_code != 401:  # until the proxy has heard of it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    names = [each["name"] for each in strict(client.get("/", headers=asking.ALLOWED))["models"]]
+    assert names == ["fruit", "price"]
+
+
 USE = "use_backend some if { path_beg /some }"
 
 
@@ -584,11 +604,8 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
                 replacing.replace([Model("fruit", tampered, options)], Reporter("lines"))
             assert f"fruit goes on with {fruit}" in str(caught.value)
             assert set(load.versions) == {version(fruit)}
-            old, now = process_ids("fruit"), applications.running()["fruit"]
-            made_of = applications.code_version(now)
-            applications.put(now, now.arguments | {"bundle": str(turned)}, wait=False)
-            assert applications.code_version(now) != made_of
-            applications.put(now, now.arguments, made_of)  # as on Ctrl-C
+            old = process_ids("fruit")
+            an_exchange_is_taken_back(turned)
             assert process_ids("fruit") == old
             replacing.replace([Model("fruit", turned, options)], Reporter("lines"))
             assert process_ids("fruit").isdisjoint(old)
@@ -604,13 +621,6 @@ def test_models_from_a_config_file_and_another_bundle_in_the_place_of_one(
         assert before == {"bundle": str(fruit), "cpus": 0.5, "min_replicas": 1, "max_replicas": 1, "max_batch": 64}
         with pytest.raises(UserError, match="nothing was replaced here"):
             replacing.rollback("price", Reporter("lines"))
-        (tmp_path / "keys").write_text(asking.KEYS)
-        applications.put_list(applications.running()[index.NAME], tmp_path / "keys")
-        deadline = time.monotonic() + 60
-        while client.get("/").status_code != 401:  # until the proxy has heard of it
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        names = [each["name"] for each in strict(client.get("/", headers=asking.ALLOWED))["models"]]
-        assert names == ["fruit", "price"]
+        the_list_gets_keys(client, tmp_path)
     for name in ("fruit", "price", index.NAME):
         serve.delete(name)
