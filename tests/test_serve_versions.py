@@ -548,7 +548,10 @@ def an_exchange_is_taken_back(bundle: Path) -> None:
     now = applications.running()["fruit"]
     made_of = applications.code_version(now)
     applications.put(now, now.arguments | {"bundle": str(bundle)}, wait=False)
-    assert applications.code_version(now) != made_of
+    deadline = time.monotonic() + 60
+    while applications.code_version(now) == made_of:  # Serve's controller has not looked yet
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     applications.put(now, now.arguments, made_of)
 
 
