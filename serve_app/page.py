@@ -13,12 +13,12 @@ from pathlib import Path
 from serve_app.forms import Reply
 
 _WEB = Path(__file__).with_name("web")
-_PART = re.compile(r"<!-- ([a-z]+\.(?:css|js)) -->\n")
+_PART = re.compile(r"<!-- ([a-z]+\.(?:css|js|html)) -->\n")
 
 
 def page(name: str) -> Reply:
-    """A page of `web/` with its style and script in it; it may run these, and ask this server alone."""
-    html = _PART.sub(lambda part: (_WEB / part[1]).read_text(encoding="utf-8"), _source(name))
+    """A page of `web/` with all its parts in it; it may run these, and ask this server alone."""
+    html = _PART.sub(lambda part: _source(part[1]), _source(f"{name}.html"))
     script = html.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -30,4 +30,4 @@ def page(name: str) -> Reply:
 
 
 def _source(name: str) -> str:
-    return (_WEB / f"{name}.html").read_text(encoding="utf-8")
+    return (_WEB / name).read_text(encoding="utf-8")
